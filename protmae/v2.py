@@ -31,7 +31,7 @@ def check_input(x, lengths, dim, max_len):
     if x.shape[1] > max_len: raise ProtmaeError(f"{x.shape[1]} positions; at most {max_len} are allowed; cut longer proteins first")
     if len(x) and (lengths.min() < 1 or lengths.max() > x.shape[1]): raise ProtmaeError(f"lengths are {int(lengths.min())}-{int(lengths.max())}; expected 1 to {x.shape[1]}")
 
-# %% ../nbs/lib/10_v2.ipynb #da744356
+# %% ../nbs/lib/10_v2.ipynb #9697fc0f
 class TransformerMAE(nn.Module):
     "V2: masked autoencoder over residues, with one compressed vector per protein."
     def __init__(self,
@@ -63,7 +63,7 @@ class TransformerMAE(nn.Module):
         r = Ragged(real)
         t = self.embed(r.pack(x))
         if mask is not None: t = torch.where(r.pack(mask)[:, None], self.mask_token[0].to(t.dtype), t)
-        return run_encoder(self.encoder, t + self.pos_embed[0, r.index % x.shape[1]], r), r
+        return run_encoder(self.encoder, t + self.pos_embed[0].index_select(0, r.index % x.shape[1]), r), r   # index_select: its gradient is the same bits each time
     def tokens(self,
         x: Tensor,       # (B, L, D)
         lengths: Tensor, # (B,)

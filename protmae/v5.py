@@ -16,7 +16,7 @@ from .masking import random_mask
 from .patches import n_patches, patch_bounds, patch_means
 from .v2 import check_input
 
-# %% ../nbs/lib/11_v5.ipynb #c8d2d329
+# %% ../nbs/lib/11_v5.ipynb #589020eb
 config_v5 = dict(arch='v5', mask_ratio=.75, batch_size=16, lr=1e-4, warmup_epochs=10, weight_decay=.05, epochs=100)
 
 class PatchEmbedding(nn.Module):
@@ -36,7 +36,8 @@ def mean_rows(
 )->Tensor:          # (*starts.shape, E); an empty span gives 0
     "Mean of spans of rows: a difference of two prefix sums."
     sums = F.pad(table.double().cumsum(0), (0, 0, 1, 0))
-    return ((sums[ends] - sums[starts])/(ends - starts).clamp(min=1)[..., None]).to(table.dtype)
+    take = lambda i: sums.index_select(0, i.flatten()).view(*i.shape, -1)   # its gradient is the same bits each time
+    return ((take(ends) - take(starts))/(ends - starts).clamp(min=1)[..., None]).to(table.dtype)
 
 # %% ../nbs/lib/11_v5.ipynb #060fa945
 class MAEEncoder(nn.Module):
