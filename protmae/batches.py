@@ -14,7 +14,7 @@ from .core import MAX_LEN, N_PATCHES, ProtmaeError, check_number, seed_for
 from .patches import PatchCache
 from .store import EmbeddingStore
 
-# %% ../nbs/lib/13_batches.ipynb #f62a48e6
+# %% ../nbs/lib/13_batches.ipynb #6fff86e3
 def is_validation(
     sequence,         # its letters (or its id, where a store has no sequences)
     val_fraction=.1,  # share of proteins for validation
@@ -28,14 +28,16 @@ def split_by_protein(
     val_fraction=.1, # share of proteins for validation
     seed=0,
     min_len=2,       # proteins shorter than this have nothing to mask and are left out
-)->tuple:            # training and validation positions, and how many were left out
+    max_proteins=None, # use only a random sample of this size
+)->tuple:            # training and validation positions, and how many were left out as too short
     "Training and validation proteins."
     val_fraction = check_number('val_fraction', val_fraction, 0, 1, open_low=True, open_high=True)
-    keep = np.flatnonzero(store.lengths >= min_len)
+    keep, short = np.flatnonzero(store.lengths >= min_len), int((store.lengths < min_len).sum())
+    if max_proteins: keep = np.sort(np.random.default_rng(seed_for(seed, 'sample')).permutation(keep)[:check_number('max_proteins', max_proteins, 2, integer=True)])
     val = np.array([is_validation(store.sequences[i] or store.ids[i], val_fraction, seed) for i in keep], bool)
     train, val = keep[~val], keep[val]
     if not len(train) or not len(val): raise ProtmaeError(f"{store.path}: {len(store)} proteins of {min_len} residues or more give {len(train)} for training and {len(val)} for validation; expected some of each; use more proteins or another seed")
-    return train, val, len(store) - len(keep)
+    return train, val, short
 
 # %% ../nbs/lib/13_batches.ipynb #8b66c1a6
 class ResidueBatches(torch.utils.data.Dataset):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import ProtmaeError
 
-# %% ../nbs/lib/20_cli.ipynb #f6c29c44
+# %% ../nbs/lib/20_cli.ipynb #0994dc90
 def _embed(a):
     from protmae.embed import embed_fasta
     ids = Path(a.pca_ids).read_text().split() if a.pca_ids else None
@@ -33,7 +33,17 @@ def _verify(a):
     from protmae.store import verify
     print(f'{verify(a.store):,} proteins are as they were written')
 
-# %% ../nbs/lib/20_cli.ipynb #20c64fcd
+def _demo(a):
+    from protmae.demo import make_demo_store
+    from protmae.store import describe
+    describe(make_demo_store(a.store, n=a.n))
+
+def _report(a):
+    from protmae.report import pretrain_report
+    pretrain_report(a.runs, a.out, a.title, a.command or (), a.remark or ())
+    print(f"{a.out} and {Path(a.out).with_suffix('.json')}")
+
+# %% ../nbs/lib/20_cli.ipynb #e8711cc2
 def parser()->argparse.ArgumentParser:
     "Every command and its options."
     p = argparse.ArgumentParser('protmae', description='Masked autoencoders over protein-language-model embeddings')
@@ -51,6 +61,11 @@ def parser()->argparse.ArgumentParser:
     c = command('import', _import, 'make a store of an HDF5 file with one dataset per protein (D-SCRIPT, bio_embeddings)')
     c.add_argument('source'); c.add_argument('store')
     c.add_argument('--fasta', help='the sequences, if you have them'); c.add_argument('--model', default='imported', help='name of the language model that made them')
+    c = command('demo', _demo, 'make a synthetic store and pair table'); c.add_argument('store'); c.add_argument('-n', type=int, default=256, help='proteins (default 256)')
+    c = command('report', _report, 'one HTML page and JSON about pretraining runs')
+    c.add_argument('runs', nargs='+', help='folders of runs, such as data/runs/v5-demo-3epochs-1a2b3c'); c.add_argument('out', help='the .html to write')
+    c.add_argument('--title', default='Pretraining'); c.add_argument('--command', action='append', help='a command line that made a run, to be shown (repeatable)')
+    c.add_argument('--remark', action='append', help='a sentence to be shown (repeatable)')
     c = command('info', _info, 'print what a store holds'); c.add_argument('store')
     c = command('verify', _verify, 'read a whole store and compare it with its checksums'); c.add_argument('store')
     return p

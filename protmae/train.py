@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'V2Task', 'V5Task', 'optimizer_for', 'warmup_cosine', 'stop_softly', 'make_config', 'Run', 'train_step',
-           'validate', 'save_state', 'load_state', 'save_weights', 'write_log', 'fit', 'pretrain']
+           'validate', 'save_state', 'load_state', 'save_weights', 'write_log', 'fit', 'run_folder', 'pretrain']
 
-# %% ../nbs/lib/15_train.ipynb #0ae44554
-import json, math, os, shutil, signal, threading, time
+# %% ../nbs/lib/15_train.ipynb #8e4a36e0
+import hashlib, json, math, os, shutil, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,18 +86,18 @@ def stop_softly():
     try: yield flag
     finally: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/lib/15_train.ipynb #5e28ca80
+# %% ../nbs/lib/15_train.ipynb #ad5bf70e
 def make_config(
     arch,          # 'v2' or 'v5'
     **changes,     # of the architecture's defaults; None keeps the default
 )->dict:
     "The full configuration of a run, checked."
     if arch not in TASKS: raise ProtmaeError(f"arch is {arch!r}; expected one of {', '.join(TASKS)}")
-    c = dict(TASKS[arch].config) | dict(seed=0, val_fraction=.1, clip=1., patience=None, grad_accum=1)
+    c = dict(TASKS[arch].config) | dict(seed=0, val_fraction=.1, max_proteins=None, clip=1., patience=None, grad_accum=1)
     unknown = changes.keys() - c.keys()
     if unknown: raise ProtmaeError(f"unknown settings {sorted(unknown)}; {arch} knows {sorted(c)}")
     c |= {k: v for k, v in changes.items() if v is not None}
-    for k in ('epochs', 'batch_size', 'grad_accum', 'patience'):
+    for k in ('epochs', 'batch_size', 'grad_accum', 'patience', 'max_proteins'):
         if c[k] is not None: c[k] = check_number(k, c[k], 1, integer=True)
     for k in ('mask_ratio', 'val_fraction'): c[k] = check_number(k, c[k], 0, 1, open_low=True, open_high=True)
     for k in ('lr', 'clip', 'delta', 'scale'):
@@ -107,7 +107,7 @@ def make_config(
     c['seed'] = check_number('seed', c['seed'], 0, integer=True)
     return c
 
-# %% ../nbs/lib/15_train.ipynb #3ad371bf
+# %% ../nbs/lib/15_train.ipynb #0e35aa77
 class Run:
     "One pretraining run in one folder."
     def __init__(self,
@@ -124,7 +124,7 @@ class Run:
         c = self.config
         self.store = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
         self.sizes = dict(input_dim=self.store.dim) | (sizes or {})
-        self.train_idx, self.val_idx, self.left_out = split_by_protein(self.store, c['val_fraction'], c['seed'], TASKS[arch].min_len)
+        self.train_idx, self.val_idx, self.left_out = split_by_protein(self.store, c['val_fraction'], c['seed'], TASKS[arch].min_len, c['max_proteins'])
         self._claim(resume)
         self.acc = Accelerator(cpu=cpu, gradient_accumulation_steps=c['grad_accum'], mixed_precision=None if cpu or not torch.cuda.is_available() else 'bf16')
         self.mean, self.std = self.store.mean_std(self.train_idx)
@@ -317,7 +317,19 @@ def _finish_epoch(run):
         run.say(f"epoch {row['epoch']}/{c['epochs']}  train {row['train_loss']:.4f}  val {row['val_loss']:.4f}  skill {row['skill']:+.3f} (mean {row['skill_mean']:+.3f})  "
                 f"{row['proteins_per_s']:,.1f} proteins/s  {row['residues_per_s']:,.0f} residues/s  ETA {_hms(left)}")
 
-# %% ../nbs/lib/15_train.ipynb #9016f51a
+# %% ../nbs/lib/15_train.ipynb #e1bddf04
+def run_folder(
+    arch,      # 'v2' or 'v5'
+    store,     # `EmbeddingStore`
+    root,      # folder of all runs
+    sizes=None, # as for `Run`
+    **changes, # as for `Run`
+)->Path:
+    "A folder of its own for these settings and this data: the same call goes on, another one never collides."
+    c = make_config(arch, **changes)
+    key = hashlib.sha256(json.dumps([arch, c, sizes or {}, store.fingerprint], sort_keys=True).encode()).hexdigest()[:6]
+    return Path(root)/f"{arch}-{store.path.stem}-{c['epochs']}epochs-{key}"
+
 def pretrain(
     arch,        # 'v2' or 'v5'
     store,       # path of a store, or `EmbeddingStore`
