@@ -105,7 +105,7 @@ def provenance(
                 cpus=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
                 time=datetime.now(timezone.utc).isoformat(timespec='seconds'), **extra)
 
-# %% ../nbs/lib/00_core.ipynb #44519248
+# %% ../nbs/lib/00_core.ipynb #a9d11e01
 def is_headless()->bool:
     "True where nobody watches a bar: papermill, tests, a pipe or a file."
     try: shell = type(get_ipython()).__name__
@@ -116,7 +116,7 @@ def is_headless()->bool:
 def _hms(s): return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
 
 class Progress:
-    "A tqdm bar where somebody watches, else a plain line every `every` seconds: done, rate, ETA."
+    "A tqdm bar where somebody watches, else a plain line after `every` seconds or a twentieth of the time so far: done, rate, ETA."
     def __init__(self,
         total,            # how many units there are
         desc='',          # what is being done
@@ -135,7 +135,7 @@ class Progress:
         self.done += n
         if self.bar is not None: self.bar.update(n); return
         now = time.perf_counter()
-        if now - self.last >= self.every: self.last = now; print(self.line(), flush=True)
+        if now - self.last >= max(self.every, .05*(now - self.t0)): self.last = now; print(self.line(), flush=True)   # ever rarer in a long job
     def line(self):
         "Where we are, in words."
         s = time.perf_counter() - self.t0

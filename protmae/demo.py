@@ -14,7 +14,7 @@ import pandas as pd
 from .core import DIM, MAX_LEN, atomic, seed_for
 from .store import EmbeddingStore, StoreWriter, create
 
-# %% ../nbs/lib/04_demo.ipynb #f4fe4eb0
+# %% ../nbs/lib/04_demo.ipynb #0f430f3e
 NOTE = 'SYNTHETIC demo data: no language model and no biology behind it'
 N_FAMILIES, RANK = 12, 6
 
@@ -45,8 +45,8 @@ def make_demo_store(
     ids, seqs, plans = [f'SYN{i:05d}' for i in range(n)], [], []
     for _ in range(n):
         plan, left = [], MAX_LEN
-        for k in rng.integers(N_FAMILIES, size=rng.integers(1, 7)):
-            size, link = int(rng.integers(40, 161)), int(rng.integers(5, 21))
+        for k in rng.integers(N_FAMILIES, size=rng.integers(1, 6)):
+            size, link = int(rng.integers(40, 121)), int(rng.integers(5, 21))
             if size + link > left: break
             plan += [(int(k), size), (-1, link)]; left -= size + link
         plans.append(plan)

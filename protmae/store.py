@@ -16,7 +16,7 @@ import numpy as np
 
 from .core import MAX_LEN, ProtmaeError, Progress, atomic, provenance
 
-# %% ../nbs/lib/02_store.ipynb #6e73a68c
+# %% ../nbs/lib/02_store.ipynb #674f87b5
 def check_local(
     f,    # an open h5py file
     name, # of the dataset wanted
@@ -53,16 +53,19 @@ class Rows:
     )->np.ndarray: # (b - a, ...)
         "Rows a to b."
         out = np.empty((b - a, *self.shape[1:]), self.dtype)
-        if out.nbytes:
-            got = os.preadv(self.fd, [out.view(np.uint8).reshape(-1)], self.offset + a*self.row)
-            if got != out.nbytes: raise ProtmaeError(f"{self.path}: {got:,} of {out.nbytes:,} bytes could be read at rows {a}-{b}: the file is truncated")
+        left, at = memoryview(out.view(np.uint8).reshape(-1)), self.offset + a*self.row if out.nbytes else 0
+        while len(left):                                      # the system may give less than was asked for
+            got = os.preadv(self.fd, [left], at)
+            if not got: raise ProtmaeError(f"{self.path} ends within rows {a}-{b} of what its header promises: the file is truncated; copy it again")
+            left, at = left[got:], at + got
         return out
     def close(self):
-        if self.fd is not None: os.close(self.fd); self.fd = None
+        if self.fd is not None: self._close(self.fd); self.fd = None
+    _close = staticmethod(os.close)                           # still there when the interpreter goes down
     def __del__(self):
         if getattr(self, 'fd', None) is not None: self.close()
 
-# %% ../nbs/lib/02_store.ipynb #052bb40e
+# %% ../nbs/lib/02_store.ipynb #262b4459
 FORMAT_VERSION = 1
 _text = lambda d: [o.decode('utf-8') if isinstance(o, bytes) else str(o) for o in d[:]]
 
@@ -129,11 +132,13 @@ class EmbeddingStore:
         "Per-dimension mean and standard deviation over the residues of `indices`; a constant dimension gets std 1."
         idx = np.arange(len(self)) if indices is None else np.asarray(indices)
         if not len(idx): raise ProtmaeError("mean and std of no proteins asked for; expected at least one")
-        m, v = (o[idx].astype(np.float64) for o in self.moments())
-        w = self.lengths[idx, None]/self.lengths[idx].sum()
-        mean = (w*m).sum(0)
-        var = (w*(v + (m - mean)**2)).sum(0)    # variance within proteins + between them
-        std = np.sqrt(var)
+        total, mean, square = self.lengths[idx].sum(), 0., 0.
+        for a in range(0, len(idx), 4096):                    # a proteome's moments need not fit in memory
+            part = idx[a:a+4096]; lo, hi = self._keep[part].min(), self._keep[part].max() + 1
+            m, v = self._moments.read(lo, hi)[self._keep[part] - lo].astype(np.float64).swapaxes(0, 1)
+            w = self.lengths[part, None]/total
+            mean, square = mean + (w*m).sum(0), square + (w*(v + m**2)).sum(0)
+        std = np.sqrt(np.maximum(square - mean**2, 0))
         std[std < 1e-6*max(std.max(), 1e-30)] = 1
         return mean.astype(np.float32), std.astype(np.float32)
     def close(self): self._rows.close(); self._moments.close()
@@ -168,7 +173,7 @@ def describe(
         print(f'lengths {s.lengths.min()}-{s.lengths.max()}, mean {s.lengths.mean():.0f}, median {np.median(s.lengths):.0f}')
         print('\n'.join(_hist(s.lengths)))
 
-# %% ../nbs/lib/02_store.ipynb #23f2817e
+# %% ../nbs/lib/02_store.ipynb #08e7bc0b
 def _plan(tmp, ids, sequences, lengths, dim, attrs, arrays):
     "The complete structure of a store, its space reserved, nothing done yet."
     n, rows = len(ids), int(sum(lengths))
@@ -187,7 +192,7 @@ def _plan(tmp, ids, sequences, lengths, dim, attrs, arrays):
         where = {k: f[k].id.get_offset() for k in ('done', 'checksums', 'moments', 'residues')}
     end = os.path.getsize(tmp)
     with open(tmp, 'rb+') as f:
-        try: os.posix_fallocate(f.fileno(), 0, end)
+        try: getattr(os, 'posix_fallocate', lambda fd, a, n: os.truncate(fd, n))(f.fileno(), 0, end)   # macOS has no such call
         except OSError as e: raise ProtmaeError(f"{Path(tmp).parent}: cannot reserve {end/1e9:.2f} GB for the store ({e.strerror}); free some space or write elsewhere") from None
         if n: os.pwrite(f.fileno(), bytes(n), where['done'])
 
