@@ -14,7 +14,7 @@ from .core import MAX_LEN, N_PATCHES, ProtmaeError, check_number, seed_for
 from .patches import PatchCache
 from .store import EmbeddingStore
 
-# %% ../nbs/lib/13_batches.ipynb #6fff86e3
+# %% ../nbs/lib/13_batches.ipynb #f49983a8
 def is_validation(
     sequence,         # its letters (or its id, where a store has no sequences)
     val_fraction=.1,  # share of proteins for validation
@@ -36,7 +36,7 @@ def split_by_protein(
     if max_proteins: keep = np.sort(np.random.default_rng(seed_for(seed, 'sample')).permutation(keep)[:check_number('max_proteins', max_proteins, 2, integer=True)])
     val = np.array([is_validation(store.sequences[i] or store.ids[i], val_fraction, seed) for i in keep], bool)
     train, val = keep[~val], keep[val]
-    if not len(train) or not len(val): raise ProtmaeError(f"{store.path}: {len(store)} proteins of {min_len} residues or more give {len(train)} for training and {len(val)} for validation; expected some of each; use more proteins or another seed")
+    if not len(train) or not len(val): raise ProtmaeError(f"{store.path}: {len(keep)} proteins of {min_len} residues or more give {len(train)} for training and {len(val)} for validation; expected some of each; use more proteins or another seed")
     return train, val, short
 
 # %% ../nbs/lib/13_batches.ipynb #8b66c1a6
@@ -71,7 +71,7 @@ class PatchBatches(torch.utils.data.Dataset):
         for row, i in zip(p, idx): row[:self.cache.counts[i]] = (torch.from_numpy(self.cache[i]) - self.mean)/self.std
         return dict(patches=p, lengths=torch.as_tensor(self.cache.store.lengths[idx]), index=torch.as_tensor(idx))
 
-# %% ../nbs/lib/13_batches.ipynb #1dc40882
+# %% ../nbs/lib/13_batches.ipynb #5e44f381
 class EpochSampler(torch.utils.data.Sampler):
     "Batches of positions; the same for the same seed and epoch."
     drop_last = False
@@ -92,5 +92,7 @@ class EpochSampler(torch.utils.data.Sampler):
             pools = [order[i:i+n*self.pool] for i in range(0, len(order), n*self.pool)] if self.shuffle else [order]
             order = np.concatenate([p[np.argsort(-self.lengths[p], kind='stable')] for p in pools])
         batches = [order[i:i+n].tolist() for i in range(0, len(order), n)]
-        if self.shuffle and self.lengths is not None: batches = [batches[i] for i in rng.permutation(len(batches))]
+        if self.shuffle and self.lengths is not None:             # shuffled, but a short one stays last: processes that share batches need it so
+            last = min(range(len(batches)), key=lambda i: len(batches[i]))
+            batches = [batches[i] for i in rng.permutation(len(batches)) if i != last] + [batches[last]]
         return iter(batches)

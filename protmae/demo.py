@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['NOTE', 'N_FAMILIES', 'RANK', 'make_demo_store', 'open_store']
 
-# %% ../nbs/lib/04_demo.ipynb #f5702519
+# %% ../nbs/lib/04_demo.ipynb #09cde12e
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .core import DIM, MAX_LEN, atomic, seed_for
+from .core import DIM, MAX_LEN, ProtmaeError, atomic, check_number, seed_for
 from .store import EmbeddingStore, StoreWriter, create
 
-# %% ../nbs/lib/04_demo.ipynb #0f430f3e
+# %% ../nbs/lib/04_demo.ipynb #a9d0e401
 NOTE = 'SYNTHETIC demo data: no language model and no biology behind it'
 N_FAMILIES, RANK = 12, 6
 
@@ -37,10 +37,12 @@ def make_demo_store(
 )->EmbeddingStore: # `<path without .h5>.pairs.tsv` with id_a, id_b, label is written beside it
     "A synthetic store and pair table with structure to learn."
     path = Path(path)
-    what = f'n={n} dim={dim} seed={seed} noise={noise}'
+    n, dim = check_number('n', n, 4, integer=True), check_number('dim', dim, 1, integer=True)
+    what = f'v2 n={n} dim={dim} seed={seed} noise={noise}'        # v2: of this generator
     if path.exists():
         s = EmbeddingStore(path)
-        if s.attrs.get('demo') == what and not s.pending: return s
+        if s.attrs.get('demo') == what and not s.pending and path.with_suffix('.pairs.tsv').exists(): return s
+        if s.model != 'synthetic': raise ProtmaeError(f"{path} holds embeddings of {s.model}; choose another name for the demo store")
     rng = np.random.default_rng(seed_for(seed, 'demo')); fam = _families(rng, dim)
     ids, seqs, plans = [f'SYN{i:05d}' for i in range(n)], [], []
     for _ in range(n):

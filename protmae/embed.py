@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_embedder', 'token_batches', 'fit_projection', 'embed_fasta']
 
-# %% ../nbs/lib/06_embed.ipynb #492d5a2e
+# %% ../nbs/lib/06_embed.ipynb #59d29d58
 import time
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from .core import MAX_LEN, ProtmaeError, Progress, check_number, seed_for
 from .fasta import clean_sequences, read_sequences
-from .store import EmbeddingStore, StoreWriter, create, extend, writer_lock
+from .store import EmbeddingStore, StoreWriter, _text, create, extend, writer_lock
 
 # %% ../nbs/lib/06_embed.ipynb #aea50790
 def get_embedder(
@@ -71,7 +71,7 @@ def fit_projection(
 
 def _limits(e): return dict(max_tokens=getattr(e, 'max_tokens', None) or 16384, max_proteins=getattr(e, 'max_proteins', None))
 
-# %% ../nbs/lib/06_embed.ipynb #e972ec41
+# %% ../nbs/lib/06_embed.ipynb #47a33d6f
 def embed_fasta(
     fasta,             # FASTA or table of sequences (plain or .gz)
     store,             # .h5 to write, to go on with, or to add to
@@ -113,19 +113,19 @@ def _extend_if_new(store, ids, seqs, e, dim):
     s = EmbeddingStore(store)
     if s.model != e.name: raise ProtmaeError(f"{store} holds embeddings of {s.model}; {e.name} was asked for; choose another store")
     if dim is not None and dim != s.dim: raise ProtmaeError(f"{store} is {s.dim} wide; {dim} was asked for; choose another store")
-    with StoreWriter(store) as w: have = dict(zip(w.ids, w.sequences))
+    with h5py.File(store, 'r') as f: have = dict(zip(_text(f['ids']), _text(f['sequences'])))
     for i, q in zip(ids, seqs):
         if have.get(i, q) != q: raise ProtmaeError(f"{i!r} stands in {store} with another sequence; choose another store or rename the protein")
     new = [(i, q) for i, q in zip(ids, seqs) if i not in have]
     if new:
-        extend(store, *zip(*new))
-        with h5py.File(store, 'r+') as f: f.attrs['segments'] = [*f.attrs['segments'], len(have) + len(new)]
+        with h5py.File(store, 'r') as f: segments = [int(o) for o in f.attrs.get('segments', [0, len(have)])]   # an imported store has none
+        extend(store, *zip(*new), segments=[*segments, len(have) + len(new)])
         print(f'{len(new):,} new proteins are added to the {len(have):,} in {store}')
 
 def _fill(store, e, limits):
     "Embed what is pending, batch by batch."
     with h5py.File(store, 'r') as f:
-        seg = [int(o) for o in f.attrs['segments']]
+        seg = [int(o) for o in f.attrs.get('segments', [0, len(f['ids'])])]
         proj = [torch.from_numpy(f[k][:]) for k in ('projection', 'projection_mean')] if 'projection' in f else None
     with StoreWriter(store) as w:
         todo = set(w.pending())
@@ -142,5 +142,6 @@ def _fill(store, e, limits):
                     if proj: rows = [((torch.from_numpy(r) - proj[1]) @ proj[0]).numpy() for r in rows]
                     w.write((i, r) for i, r in zip(batch, rows) if i in todo)
                     p.update(sum(len(w.sequences[i]) for i in batch if i in todo))
+        if w.pending(): raise ProtmaeError(f"{store} still lacks {len(w.pending()):,} proteins; its plan is damaged, embed into a new store")
         s = time.perf_counter() - t0
         print(f'{left:,} residues in {s:.0f} s: {left/s:,.0f} residues/s')

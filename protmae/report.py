@@ -43,7 +43,7 @@ def page(
     text = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{CSS}</style><h1>{html.escape(title)}</h1>{''.join(out)}</html>"
     with atomic(path) as tmp: Path(tmp).write_text(text, encoding='utf-8')
 
-# %% ../nbs/lib/17_report.ipynb #99431d46
+# %% ../nbs/lib/17_report.ipynb #f1077f06
 def read_run(
     folder, # of a pretraining run
 )->dict:    # run.json, and its log under 'log'
@@ -86,6 +86,7 @@ def _example(name, r):
     "One validation protein of medium length, if the store is still there."
     try: store = EmbeddingStore(r['store'])
     except ProtmaeError: return [f"<h2>{html.escape(name)}: a reconstruction</h2><p>The store is not here, so none is shown.</p>"]
+    if store.fingerprint != r['fingerprint']: return [f"<h2>{html.escape(name)}: a reconstruction</h2><p>The store has changed since, so none is shown.</p>"]
     from protmae.batches import split_by_protein
     m, meta = load_model(Path(r['folder'])/'best.safetensors')
     val = split_by_protein(store, r['config']['val_fraction'], r['config']['seed'], 33, r['config']['max_proteins'])[1]

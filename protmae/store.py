@@ -16,7 +16,7 @@ import numpy as np
 
 from .core import MAX_LEN, ProtmaeError, Progress, atomic, provenance
 
-# %% ../nbs/lib/02_store.ipynb #674f87b5
+# %% ../nbs/lib/02_store.ipynb #d85f27d0
 def check_local(
     f,    # an open h5py file
     name, # of the dataset wanted
@@ -55,7 +55,9 @@ class Rows:
         out = np.empty((b - a, *self.shape[1:]), self.dtype)
         left, at = memoryview(out.view(np.uint8).reshape(-1)), self.offset + a*self.row if out.nbytes else 0
         while len(left):                                      # the system may give less than was asked for
-            got = os.preadv(self.fd, [left], at)
+            part = os.pread(self.fd, len(left), at) if not hasattr(os, 'preadv') else None
+            got = os.preadv(self.fd, [left], at) if part is None else len(part)
+            if part: left[:got] = part
             if not got: raise ProtmaeError(f"{self.path} ends within rows {a}-{b} of what its header promises: the file is truncated; copy it again")
             left, at = left[got:], at + got
         return out
@@ -65,7 +67,12 @@ class Rows:
     def __del__(self):
         if getattr(self, 'fd', None) is not None: self.close()
 
-# %% ../nbs/lib/02_store.ipynb #262b4459
+class _Memory:
+    "`Rows` that were read already."
+    def __init__(self, x, rows): self.x, self.shape, self.row, self.close = x, rows.shape, rows.row, rows.close
+    def read(self, a, b): return self.x[a:b]
+
+# %% ../nbs/lib/02_store.ipynb #573d217e
 FORMAT_VERSION = 1
 _text = lambda d: [o.decode('utf-8') if isinstance(o, bytes) else str(o) for o in d[:]]
 
@@ -141,6 +148,12 @@ class EmbeddingStore:
         std = np.sqrt(np.maximum(square - mean**2, 0))
         std[std < 1e-6*max(std.max(), 1e-30)] = 1
         return mean.astype(np.float32), std.astype(np.float32)
+    def to_memory(self):
+        "Read all rows into memory, where they fit; reads come from there from now on. Returns self."
+        need, free = self._rows.row*self._rows.shape[0], os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_AVPHYS_PAGES') if 'SC_AVPHYS_PAGES' in os.sysconf_names else float('inf')
+        if need > .8*free: raise ProtmaeError(f"{self.path} needs {need/1e9:.1f} GB of memory, {free/1e9:.1f} GB are free; read it from the disk, as is the default")
+        self._rows = _Memory(self._rows.read(0, self._rows.shape[0]), self._rows)
+        return self
     def close(self): self._rows.close(); self._moments.close()
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
@@ -173,11 +186,11 @@ def describe(
         print(f'lengths {s.lengths.min()}-{s.lengths.max()}, mean {s.lengths.mean():.0f}, median {np.median(s.lengths):.0f}')
         print('\n'.join(_hist(s.lengths)))
 
-# %% ../nbs/lib/02_store.ipynb #08e7bc0b
+# %% ../nbs/lib/02_store.ipynb #68db93e9
 def _plan(tmp, ids, sequences, lengths, dim, attrs, arrays):
     "The complete structure of a store, its space reserved, nothing done yet."
     n, rows = len(ids), int(sum(lengths))
-    with h5py.File(tmp, 'w', libver='latest') as f:
+    with h5py.File(tmp, 'w', libver=('v108', 'v108')) as f:   # newer layouts mark the file as open, and a kill leaves the mark
         offsets = np.zeros(n + 1, np.int64); offsets[1:] = np.cumsum(lengths)
         text = h5py.string_dtype('utf-8')
         f['offsets'] = offsets
@@ -222,7 +235,7 @@ def create(
     with atomic(path) as tmp: _plan(tmp, ids, sequences, lengths, dim, dict(model=model, layer=layer, provenance=json.dumps(provenance()), **attrs), arrays)
     return path
 
-# %% ../nbs/lib/02_store.ipynb #6b29654f
+# %% ../nbs/lib/02_store.ipynb #32044c59
 @contextmanager
 def writer_lock(
     path, # of the store
@@ -233,7 +246,8 @@ def writer_lock(
     except OSError as e: raise ProtmaeError(f"cannot write to {lock.parent} ({e.strerror}); choose a folder you may write to") from None
     try:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ProtmaeError(f"{path} is being written by another process; wait for it or stop it") from None
+        except BlockingIOError: raise ProtmaeError(f"{path} is being written by another process; wait for it or stop it") from None
+        except OSError as e: raise ProtmaeError(f"{lock} cannot be locked ({e.strerror}); this file system has no locks, write the store on another one") from None
         if not lock.exists() or os.fstat(fd).st_ino != lock.stat().st_ino: raise ProtmaeError(f"{path} was being written a moment ago; run the command again")
         try: yield
         finally: lock.unlink(missing_ok=True)
@@ -284,13 +298,15 @@ class StoreWriter:
         if self.fd is None: return
         os.fsync(self.fd); os.close(self.fd); self.fd = None
         if self.done.all():
-            with EmbeddingStore(self.path) as s: attrs = dict(zip(('mean', 'std'), s.mean_std())) if len(s) else {}; attrs['fingerprint'] = s.fingerprint
+            with EmbeddingStore(self.path) as s:
+                if s.attrs['fingerprint'] == s.fingerprint: return
+                attrs = (dict(zip(('mean', 'std'), s.mean_std())) if len(s) else {}) | dict(fingerprint=s.fingerprint)
             with h5py.File(self.path, 'r+') as f:
                 for k, v in attrs.items(): f.attrs.modify(k, v)
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
-# %% ../nbs/lib/02_store.ipynb #84d16838
+# %% ../nbs/lib/02_store.ipynb #dc2a44b7
 def _copy_rows(old, tmp):
     "Copy the finished proteins of the store `old` into the planned file `tmp`, by id."
     with EmbeddingStore(old) as s, StoreWriter(tmp) as w:
@@ -301,6 +317,7 @@ def extend(
     path,      # of an existing store
     ids,       # of the new proteins
     sequences, # of the new proteins
+    **new,     # attributes to set or replace
 )->Path:
     "Plan more proteins behind those of a store: the longer file is made beside it, old rows copied, then renamed."
     path = Path(path)
@@ -309,7 +326,7 @@ def extend(
         old_ids, old_seqs, lengths, dim = _text(f['ids']), _text(f['sequences']), np.diff(f['offsets'][:]).tolist(), f['residues'].shape[1]
         known = {'residues', 'offsets', 'ids', 'sequences', 'done', 'checksums', 'moments'}
         arrays = {k: check_local(f, k)[:] for k in f if k not in known}
-        attrs = {k: v for k, v in f.attrs.items() if k not in ('dim', 'format_version', 'fingerprint', 'mean', 'std')}
+        attrs = {k: v for k, v in f.attrs.items() if k not in ('dim', 'format_version', 'fingerprint', 'mean', 'std')} | new
     ids, sequences = old_ids + list(ids), old_seqs + list(sequences)
     lengths += [len(s) for s in sequences[len(old_ids):]]
     _check_plan(path, ids, sequences, lengths, dim)
@@ -332,17 +349,25 @@ def import_h5(
         shape = lambda d: d.shape[1:] if d.ndim == 3 and d.shape[0] == 1 else d.shape
         names = sorted(f)
         if not names: raise ProtmaeError(f"{source} holds no dataset; expected one per protein")
+        for k in names: check_local(f, k)
+        ids = {k: str(f[k].attrs.get('original_id', k)) for k in names}    # bio_embeddings numbers its datasets and keeps the id as an attribute
+        if len(set(ids.values())) < len(ids): raise ProtmaeError(f"{source}: {len(ids) - len(set(ids.values()))} ids occur more than once; each protein needs its own")
+        if seqs and not any(i in seqs for i in ids.values()): raise ProtmaeError(f"none of the ids in {source} ({', '.join(list(ids.values())[:3])}, ...) is among the sequences ({', '.join(list(seqs)[:3])}, ...); give the FASTA that was embedded")
+        seqs = {k: seqs[i] for k, i in ids.items() if i in seqs}
         for k in names:
-            d = check_local(f, k)
+            d = f[k]
             if len(shape(d)) != 2 or d.dtype.kind != 'f': raise ProtmaeError(f"{source}: {k!r} is {d.dtype} {d.shape}; expected floats of shape (L, D) or (1, L, D)")
             if shape(d)[1] != shape(f[names[0]])[1]: raise ProtmaeError(f"{source}: {k!r} has width {shape(d)[1]}, {names[0]!r} has {shape(f[names[0]])[1]}; expected one width")
             if k in seqs and len(seqs[k]) != shape(d)[0]: raise ProtmaeError(f"{source}: {k!r} has {shape(d)[0]} rows but its sequence {len(seqs[k])} residues; were special tokens kept?")
         lengths = [min(shape(f[k])[0], MAX_LEN) for k in names]
         cut = sum(shape(f[k])[0] > MAX_LEN for k in names)
         with writer_lock(path):
-            create(path, names, [seqs.get(k, '')[:MAX_LEN] for k in names], shape(f[names[0]])[1], model=model, lengths=lengths)
-            with StoreWriter(path) as w, Progress(len(names), 'import', 'proteins') as p:
-                for i, k in enumerate(names): w.write([(i, f[k][:].reshape(-1, w.dim)[:MAX_LEN])]); p.update()
+            if Path(path).exists(): raise ProtmaeError(f"{path} exists already; choose another name")
+            with atomic(path) as tmp:                         # whole or not at all
+                create(tmp, [ids[k] for k in names], [seqs.get(k, '')[:MAX_LEN] for k in names], shape(f[names[0]])[1], model=model, lengths=lengths)
+                with StoreWriter(tmp) as w, Progress(len(names), 'import', 'proteins') as p:
+                    for i, k in enumerate(names): w.write([(i, f[k][:].reshape(-1, w.dim)[:MAX_LEN])]); p.update()
+    if len(seqs) < len(names): print(f'{len(names) - len(seqs):,} of {len(names):,} proteins have no sequence' + (' in the FASTA' if sequences else '; pass a FASTA to keep them'))
     return Path(path), cut
 
 def verify(

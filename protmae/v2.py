@@ -14,7 +14,7 @@ from .core import DIM, MAX_LEN, ProtmaeError
 from .layers import Ragged, encoder, run_encoder
 from .masking import random_mask
 
-# %% ../nbs/lib/10_v2.ipynb #636f2d9d
+# %% ../nbs/lib/10_v2.ipynb #07eb1102
 config_v2 = dict(arch='v2', mask_ratio=.5, batch_size=32, lr=2e-4, warmup_epochs=0, weight_decay=.01, epochs=60, delta=.5, scale=5., compress_weight=.1)
 
 def real_positions(
@@ -29,7 +29,8 @@ def check_input(x, lengths, dim, max_len):
     if x.ndim != 3 or x.shape[2] != dim: raise ProtmaeError(f"x has shape {tuple(x.shape)}; expected (B, L, {dim})")
     if lengths.shape != x.shape[:1]: raise ProtmaeError(f"lengths has shape {tuple(lengths.shape)}; expected ({len(x)},)")
     if x.shape[1] > max_len: raise ProtmaeError(f"{x.shape[1]} positions; at most {max_len} are allowed; cut longer proteins first")
-    if len(x) and (lengths.min() < 1 or lengths.max() > x.shape[1]): raise ProtmaeError(f"lengths are {int(lengths.min())}-{int(lengths.max())}; expected 1 to {x.shape[1]}")
+    if not len(x): raise ProtmaeError("an empty batch; expected at least one protein")
+    if lengths.min() < 1 or lengths.max() > x.shape[1]: raise ProtmaeError(f"lengths are {int(lengths.min())}-{int(lengths.max())}; expected 1 to {x.shape[1]}")
 
 # %% ../nbs/lib/10_v2.ipynb #9697fc0f
 class TransformerMAE(nn.Module):

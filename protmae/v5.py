@@ -39,7 +39,7 @@ def mean_rows(
     take = lambda i: sums.index_select(0, i.flatten()).view(*i.shape, -1)   # its gradient is the same bits each time
     return ((take(ends) - take(starts))/(ends - starts).clamp(min=1)[..., None]).to(table.dtype)
 
-# %% ../nbs/lib/11_v5.ipynb #060fa945
+# %% ../nbs/lib/11_v5.ipynb #eb9c4d03
 class MAEEncoder(nn.Module):
     "V5: a protein as a CLS token and up to 47 patch tokens."
     def __init__(self,
@@ -69,6 +69,7 @@ class MAEEncoder(nn.Module):
     )->Tensor:           # (B, 47, D)
         "Pooled inputs, from residues or as cached."
         if patches is None: check_input(x, lengths, self.input_dim, self.max_len); return patch_means(x, lengths, self.patching)
+        if not len(lengths) or lengths.min() < 1 or lengths.max() > self.max_len: raise ProtmaeError(f"lengths are {lengths.tolist()[:5]}; expected some, from 1 to {self.max_len}")
         if patches.shape != (len(lengths), N_PATCHES, self.input_dim): raise ProtmaeError(f"patches have shape {tuple(patches.shape)}; expected ({len(lengths)}, {N_PATCHES}, {self.input_dim})")
         return patches
     def encode(self,
