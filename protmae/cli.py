@@ -11,9 +11,10 @@ from pathlib import Path
 
 from .core import ProtmaeError
 
-# %% ../nbs/lib/40_cli.ipynb #43967d4d
+# %% ../nbs/lib/40_cli.ipynb #8dfa5a3c
 def _embed(a):
     from protmae.embed import embed_fasta
+    if a.pca_ids and not Path(a.pca_ids).is_file(): raise ProtmaeError(f"there is no file {a.pca_ids}; expected ids separated by white space")
     ids = Path(a.pca_ids).read_text().split() if a.pca_ids else None
     embed_fasta(a.fasta, a.store, a.model, dim=a.dim, pca_ids=ids, device=a.device, max_tokens=a.max_tokens)
 

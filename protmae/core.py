@@ -80,28 +80,30 @@ def seed_for(
     h = hashlib.sha256('\x1f'.join(f'{type(p).__name__}:{p}' for p in parts).encode()).digest()
     return int.from_bytes(h[:8], 'little') >> 1
 
-# %% ../nbs/lib/00_core.ipynb #b3f06ba0
+# %% ../nbs/lib/00_core.ipynb #fe191279
 def git_commit()->str: # short hash, '-dirty' behind it when files differ; '' outside a checkout
-    "The commit of the working tree this package stands in."
+    "The commit of the checkout this package stands in."
     here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
     git = lambda *a: subprocess.run(['git', *a], cwd=here, capture_output=True, text=True, timeout=10)
     try:
         head = git('rev-parse', '--short=12', 'HEAD')
-        if head.returncode: return ''
+        if head.returncode or not git('ls-files', '--error-unmatch', '.').stdout.strip(): return ''    # an installed copy inside somebody's repo
         dirty = git('status', '--porcelain', '--untracked-files=no').stdout.strip()
         return head.stdout.strip() + ('-dirty' if dirty else '')
     except (OSError, subprocess.SubprocessError): return ''
 
-# %% ../nbs/lib/00_core.ipynb #5faed6ea
+# %% ../nbs/lib/00_core.ipynb #aa56ee9b
 def provenance(
     **extra, # more to record
 )->dict:
-    "Versions, machine, commit and time, to stand beside a result."
+    "Versions, machine, device, commit and time, to stand beside a result."
     vs = {}
     for p in ('protmae', 'torch', 'numpy', 'h5py', 'accelerate', 'scikit-learn', 'safetensors'):
         try: vs[p] = version(p)
         except PackageNotFoundError: pass
-    return dict(commit=git_commit(), python=platform.python_version(), versions=vs, machine=platform.machine(),
+    torch = sys.modules.get('torch')
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+    return dict(commit=git_commit(), device=gpu or 'cpu', threads=torch.get_num_threads() if torch else None, python=platform.python_version(), versions=vs, machine=platform.machine(),
                 cpus=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
                 time=datetime.now(timezone.utc).isoformat(timespec='seconds'), **extra)
 

@@ -17,19 +17,21 @@ from .core import MAX_LEN, ProtmaeError, Progress, check_number, seed_for
 from .fasta import clean_sequences, read_sequences
 from .store import EmbeddingStore, StoreWriter, _text, create, extend, writer_lock
 
-# %% ../nbs/lib/06_embed.ipynb #aea50790
+# %% ../nbs/lib/06_embed.ipynb #432ceefd
 def get_embedder(
-    name,        # 'esmc_300m', 'esmc_600m', 'unirep', 'esm2_t33_650M_UR50D' and the other ESM-2 sizes
+    name,        # 'esmc_300m', 'esmc_600m', 'unirep', 'esm2_t33_650M_UR50D' and the other ESM-2 sizes; or the path of such a model's files
     device=None, # 'cpu', 'cuda'; None: a GPU if there is one
 ):
     "The embedder of that name."
+    if device and str(device).startswith('cuda') and not torch.cuda.is_available(): raise ProtmaeError(f"device is {device!r}, but torch {torch.__version__} sees no GPU; leave it out to use the CPU, or install torch's CUDA build")
+    short = Path(name).name
     if name == 'unirep':
         from protmae.unirep import UniRep
         return UniRep(device=device)
-    if name.startswith('esmc_'):
+    if short.startswith('esmc_'):
         from protmae.esm_embedders import ESMC
         return ESMC(name, device=device)
-    if name.split('/')[-1].startswith('esm2'):
+    if short.startswith('esm2'):
         from protmae.esm_embedders import ESM2
         return ESM2(name, device=device)
     raise ProtmaeError(f"unknown language model {name!r}; expected esmc_300m, esmc_600m, unirep, or an ESM-2 such as esm2_t33_650M_UR50D")
@@ -47,7 +49,7 @@ def token_batches(
         cur.append(i)
     return out + [cur] if cur else out
 
-# %% ../nbs/lib/06_embed.ipynb #8a8cb346
+# %% ../nbs/lib/06_embed.ipynb #cf650e9c
 def fit_projection(
     embedder,   # an embedder
     sequences,  # to draw the sample from
@@ -66,12 +68,13 @@ def fit_projection(
     with Progress(n, 'embed the PCA sample', 'residues') as p:
         for b in token_batches([len(s) for s in take], **_limits(embedder)):
             xs += embedder.embed([take[i] for i in b]); p.update(sum(len(take[i]) for i in b))
-    pca = PCA(dim, svd_solver='covariance_eigh').fit(np.concatenate(xs))
-    return dict(projection=pca.components_.T.astype('f4'), projection_mean=pca.mean_.astype('f4')), float(pca.explained_variance_ratio_.sum())
+    x = np.concatenate(xs); mean = x.mean(0, dtype=np.float64)
+    pca = PCA(dim, svd_solver='covariance_eigh').fit(x - mean.astype('f4'))        # centred first: float32 would lose digits on large means
+    return dict(projection=pca.components_.T.astype('f4'), projection_mean=(mean + pca.mean_).astype('f4')), float(pca.explained_variance_ratio_.sum())
 
 def _limits(e): return dict(max_tokens=getattr(e, 'max_tokens', None) or 16384, max_proteins=getattr(e, 'max_proteins', None))
 
-# %% ../nbs/lib/06_embed.ipynb #47a33d6f
+# %% ../nbs/lib/06_embed.ipynb #b35504a4
 def embed_fasta(
     fasta,             # FASTA or table of sequences (plain or .gz)
     store,             # .h5 to write, to go on with, or to add to
@@ -102,7 +105,9 @@ def embed_fasta(
                 attrs = dict(pca_variance_kept=kept, pca_fitted_on='a sample of all proteins' if allowed is None else 'a sample of the listed (training) proteins')
                 print(f"PCA {e.dim} -> {width} keeps {kept:.1%} of the variance; fitted on {attrs['pca_fitted_on']}")
             create(store, ids, seqs, width, model=e.name, layer=e.layer, arrays=arrays, segments=[0, len(ids)], **attrs)
-        else: _extend_if_new(store, ids, seqs, e, dim)
+        else:
+            if pca_ids is not None: print(f'{store} exists, with its projection; the list of ids for PCA is not used')
+            _extend_if_new(store, ids, seqs, e, dim)
         _fill(store, e, limits)
     s = EmbeddingStore(store)
     print('\n'.join(cleaning.lines()))

@@ -66,7 +66,7 @@ class _Scorer(nn.Module):
         if features is None: features = self.net.features(x, lengths) if patches is None else self.net.features(None, lengths, patches)
         return self.net.score(features, lengths, a, b)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #e5f1cf50
+# %% ../nbs/lib/36_ppi_train.ipynb #757218c6
 class PPITraining(Run):
     "One run of V5.2 (a V2 checkpoint) or V5 native (a V5 checkpoint) on a split of labelled pairs."
     def __init__(self,
@@ -105,16 +105,16 @@ class PPITraining(Run):
     def rates(self, seconds): return dict(pairs_per_s=len(self.split.train)/seconds)
     def line(self, r): return f"val {r['val_loss']:.4f}  val AUROC {r['val_auroc']:.4f}  {r['pairs_per_s']:,.0f} pairs/s"
     @torch.no_grad()
-    def scores(self, loader)->tuple: # labels and probabilities, in the loader's order
-        "Probabilities of the pairs in a loader."
-        self.model.eval(); got = []
+    def scores(self, loader, idx)->tuple: # labels and probabilities of the pairs idx, in that order
+        "Probabilities of the pairs that a loader brings."
+        self.model.eval(); p = np.full(len(self.pairs), np.nan)
         for b in loader:
             with self.acc.autocast(): s = self._logits(b).float()
-            got.append(self.acc.gather_for_metrics(torch.stack([b['label'], s]).T.contiguous()).cpu())
-        y, s = torch.cat(got).double().T.numpy()
-        return y.astype(int), 1/(1 + np.exp(-s))
+            at, s = self.acc.gather(b['index']), self.acc.gather(s)          # processes may repeat a pair to fill a batch: written twice
+            p[at.cpu().numpy()] = torch.sigmoid(s.double().cpu()).numpy()
+        return self.pairs.label[idx].astype(int), p[idx]
     def validate(self)->dict:
-        y, p = self.scores(self.val_dl)
+        y, p = self.scores(self.val_dl, self.split.val)
         return dict(val_loss=float(-np.mean(np.log(np.clip(np.where(y == 1, p, 1 - p), 1e-12, 1)))), val_auroc=auroc(y, p))
     def save_weights(self, path, row):
         "What was trained (with a frozen encoder: all but the encoder)."
@@ -122,7 +122,7 @@ class PPITraining(Run):
         keep = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items() if self.config['finetune'] or not k.startswith('encoder.')}
         with atomic(path) as tmp: save_file(keep, tmp, dict(protmae=json.dumps(dict(arch=self.arch, config=self.config, epoch=row['epoch'], val_auroc=row['val_auroc'], split=self.split.fingerprint))))
 
-# %% ../nbs/lib/36_ppi_train.ipynb #40297670
+# %% ../nbs/lib/36_ppi_train.ipynb #09323fb7
 def test_once(
     run, # `PPITraining`, trained
     resamples=1000, # of the bootstrap
@@ -135,7 +135,7 @@ def test_once(
     missing, extra = net.load_state_dict(load_file(run.out/'best.safetensors'), strict=False)
     if extra or any(not k.startswith('encoder.') for k in missing): raise ProtmaeError(f"{run.out/'best.safetensors'} does not fit this run")
     load = lambda idx: run.acc.prepare(torch.utils.data.DataLoader(run.data, batch_sampler=EpochSampler(idx, run.config['batch_size'], None, shuffle=False), collate_fn=lambda b: b))
-    (vy, vp), (y, p) = run.scores(load(run.split.val)), run.scores(load(run.split.test))
+    (vy, vp), (y, p) = (run.scores(load(i), i) for i in (run.split.val, run.split.test))
     m = evaluate(y, p, run.pairs.a[run.split.test], run.pairs.b[run.split.test], vy, vp, resamples, run.config['seed'])
     best = max(run.history, key=lambda r: r['val_auroc'])
     out = dict(arch=run.arch, kind=run.split.kind, split=run.split.fingerprint, leaks=run.split.leaks, best_epoch=best['epoch'], epochs=len(run.history), metrics=m,

@@ -87,7 +87,7 @@ def stop_softly():
     try: yield flag
     finally: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/lib/15_train.ipynb #032a8b50
+# %% ../nbs/lib/15_train.ipynb #532228fe
 def make_config(
     arch,          # 'v2' or 'v5'
     **changes,     # of the architecture's defaults; None keeps the default
@@ -106,9 +106,10 @@ def check_config(
     unknown = changes.keys() - c.keys()
     if unknown: raise ProtmaeError(f"unknown settings {sorted(unknown)}; {what} knows {sorted(c)}")
     c |= {k: v for k, v in changes.items() if v is not None}
-    for k in ('epochs', 'batch_size', 'grad_accum', 'patience', 'max_proteins'):
-        if c[k] is not None: c[k] = check_number(k, c[k], 1, integer=True)
-    for k in ('mask_ratio', 'val_fraction'): c[k] = check_number(k, c[k], 0, 1, open_low=True, open_high=True)
+    for k in ('epochs', 'batch_size', 'grad_accum', 'patience', 'max_proteins', 'n_heads', 'n_layers', 'embed_dim'):
+        if c.get(k) is not None: c[k] = check_number(k, c[k], 1, integer=True)
+    for k in ('mask_ratio', 'val_fraction'):
+        if k in c: c[k] = check_number(k, c[k], 0, 1, open_low=True, open_high=True)
     for k in ('lr', 'clip', 'delta', 'scale'):
         if k in c: c[k] = check_number(k, c[k], 0, open_low=True)
     for k in ('weight_decay', 'compress_weight', 'warmup_epochs'):
