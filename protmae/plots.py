@@ -20,7 +20,7 @@ from .patches import n_patches, patch_bounds
 from .skill import interpolate
 from .v5 import real_patches
 
-# %% ../nbs/lib/16_plots.ipynb #8215b838
+# %% ../nbs/lib/16_plots.ipynb #9fc43820
 if 'IN_TEST' in os.environ: pio.renderers.default = 'json'   # nbdev_test: open no browser
 
 OKABE_ITO = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
@@ -41,7 +41,7 @@ def curves(
             line(h, key, len(names) + 1, name=f'{n} against {what}', line=dict(color=OKABE_ITO[(2*j + 1) % 7], dash=DASHES[k]))
     fig.add_hline(0, line=dict(color='gray', width=1), row=1, col=len(names) + 1)
     fig.update_xaxes(title_text='epoch'); fig.update_yaxes(title_text='loss (standardised units)'); fig.update_yaxes(title_text='skill (1 = perfect, 0 = no better)', col=len(names) + 1)
-    fig.update_layout(template='plotly_white', height=420, margin=dict(t=40, b=10), legend=dict(orientation='h', y=-.25))
+    fig.update_layout(template='plotly_white', height=420, margin=dict(t=70, b=10), legend=dict(orientation='h', y=-.25))
     return fig
 
 # %% ../nbs/lib/16_plots.ipynb #c0a1673b
@@ -72,7 +72,7 @@ def reconstruct(
     out = dict(truth=x, reconstruction=rec, interpolation=interpolate(x, ~mask), mask=mask, starts=starts[None], ends=ends[None])
     return {k: v[0].numpy() for k, v in out.items()} | dict(id=store.ids[i], sequence=store.sequences[i])
 
-# %% ../nbs/lib/16_plots.ipynb #ec1b718b
+# %% ../nbs/lib/16_plots.ipynb #1d591173
 def reconstruction_figure(
     r,       # from `reconstruct`
     dims=96, # how many dimensions to show: those that vary most along this protein
@@ -88,9 +88,9 @@ def reconstruction_figure(
     what = 'patch' if (r['ends'] - r['starts']).max() > 1 else 'residue'
     letters = [f"{what} {p + 1}, residues {a + 1}-{b}: {r['sequence'][a:b]}" for p, (a, b) in enumerate(zip(r['starts'], r['ends']))]
     for k, v in enumerate(shown.values()):
-        fig.add_trace(go.Heatmap(z=np.round(v[:, d].T, 2), x=np.arange(len(m)) + 1, y=[str(o) for o in d], zmid=0, zmin=-top, zmax=top, colorscale='RdBu_r', showscale=k == 0,
+        fig.add_trace(go.Heatmap(z=v[:, d].T.astype('f4'), x=np.arange(len(m)) + 1, y=[str(o) for o in d], zmid=0, zmin=-top, zmax=top, colorscale='RdBu_r', showscale=k == 0,
             colorbar=dict(title='standard<br>deviations', len=.5), customdata=np.tile(letters, (len(d), 1)) if what == 'patch' else None,
             hovertemplate=('%{customdata}' if what == 'patch' else 'residue %{x}') + '<br>dimension %{y}: %{z:.2f}<extra></extra>'), k + 1, 1)
     fig.update_yaxes(showticklabels=False, title_text='dimension'); fig.update_xaxes(title_text=f'{what} along {r["id"]}', row=4)
-    fig.update_layout(template='plotly_white', height=640, margin=dict(t=40, b=10))
+    fig.update_layout(template='plotly_white', height=640, margin=dict(t=70, b=10))
     return fig
