@@ -50,7 +50,7 @@ def page(
     text = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{CSS}</style><h1>{html.escape(title)}</h1>{''.join(out)}</html>"
     with atomic(path) as tmp: Path(tmp).write_text(text, encoding='utf-8')
 
-# %% ../nbs/lib/17_report.ipynb #9bfb84b2
+# %% ../nbs/lib/17_report.ipynb #c22b8feb
 def read_run(
     folder, # of a pretraining run
 )->dict:    # run.json, and its log under 'log'
@@ -60,7 +60,7 @@ def read_run(
     except FileNotFoundError as e: raise ProtmaeError(f"{folder} holds no finished epoch ({Path(e.filename).name} is missing); train with 02_train_v2 or 03_train_v5 first") from None
 
 def _summary(name, r):
-    best = min(r['log'], key=lambda o: o['val_loss'])
+    best = min((o for o in r['log'] if o['val_loss'] is not None), key=lambda o: o['val_loss'])
     return dict(run=name, arch=r['arch'], training_proteins=r['train_proteins'], validation_proteins=r['val_proteins'], epochs=len(r['log']), of=r['config']['epochs'], best_epoch=best['epoch'],
         mask_ratio=r['config']['mask_ratio'], val_loss=best['val_loss'], masked_MSE=best['mse'], skill_vs_interpolation=best['skill'], skill_vs_mean=best['skill_mean'], skill_vs_visible_mean=best['skill_visible'],
         proteins_per_s=float(np.median([o['proteins_per_s'] for o in r['log']])), residues_per_s=float(np.median([o['residues_per_s'] for o in r['log']])),
