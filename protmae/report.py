@@ -50,7 +50,7 @@ def page(
     text = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{CSS}</style><h1>{html.escape(title)}</h1>{''.join(out)}</html>"
     with atomic(path) as tmp: Path(tmp).write_text(text, encoding='utf-8')
 
-# %% ../nbs/lib/17_report.ipynb #c22b8feb
+# %% ../nbs/lib/17_report.ipynb #53cbb707
 def read_run(
     folder, # of a pretraining run
 )->dict:    # run.json, and its log under 'log'
@@ -66,6 +66,11 @@ def _summary(name, r):
         proteins_per_s=float(np.median([o['proteins_per_s'] for o in r['log']])), residues_per_s=float(np.median([o['residues_per_s'] for o in r['log']])),
         hours=sum(o['seconds'] + o['val_seconds'] for o in r['log'])/3600)
 
+def _verdict(row):
+    "What the best epoch says, in words."
+    says = [f"{'better' if row[k] > 0 else 'not better'} than {what} ({row[k]:+.3f})" for k, what in (('skill_vs_interpolation', 'interpolation'), ('skill_vs_mean', 'the training mean'), ('skill_vs_visible_mean', "the protein's visible mean"))]
+    return f"{row['run']}, {row['epochs']} of {row['of']} epochs: {', '.join(says)}."
+
 def pretrain_report(
     runs,          # folders of pretraining runs
     path,          # .html to write; the same name with .json is written beside it
@@ -79,7 +84,7 @@ def pretrain_report(
     parts = [f"<p class=note>{html.escape(n)}</p>" for n in sorted({r['note'] for r in got.values()} - {''})]
     parts += [f'<p>{html.escape(s)}</p>' for s in remarks]
     parts += ["<h2>Result</h2><p>Best epoch by validation loss. Skill is 1 - MSE / MSE of a baseline, on the masked positions of validation proteins that were not trained on; 0 is no better than the baseline. "
-              "V2 rebuilds residues and V5 patches of 32, so their losses and skills do not compare with each other.</p>", side_by_side(rows), "<h2>Curves</h2>", curves({n: r['log'] for n, r in got.items()})]
+              "V2 rebuilds residues and V5 patches of 32, so their losses and skills do not compare with each other.</p>", *(f'<p>{html.escape(_verdict(o))}</p>' for o in rows), side_by_side(rows), "<h2>Curves</h2>", curves({n: r['log'] for n, r in got.items()})]
     for n, r in got.items(): parts += _example(n, r)
     parts += ["<h2>How</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>" if commands else '',
               *(f"<p>{html.escape(n)}: store {html.escape(r['fingerprint'])} from {html.escape(r['model'])}, commit {html.escape(r['commit'])}, python {r['python']}, torch {r['versions'].get('torch')}, {r['cpus']} CPUs, {r['time']}</p>" for n, r in got.items())]
