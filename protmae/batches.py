@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['is_validation', 'split_by_protein', 'ResidueBatches', 'PatchBatches', 'EpochSampler']
 
-# %% ../nbs/lib/13_batches.ipynb #23618906
+# %% ../nbs/lib/13_batches.ipynb #2b887461
 import numpy as np
 import torch
-from torch import Tensor
 
-from .core import MAX_LEN, N_PATCHES, ProtmaeError, check_number, seed_for
+from .core import N_PATCHES, ProtmaeError, check_number, seed_for
 from .patches import PatchCache
 from .store import EmbeddingStore
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_embedder', 'token_batches', 'fit_projection', 'embed_fasta']
 
-# %% ../nbs/lib/06_embed.ipynb #59d29d58
+# %% ../nbs/lib/06_embed.ipynb #0305735b
 import time
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import torch
 
-from .core import MAX_LEN, ProtmaeError, Progress, check_number, seed_for
+from .core import ProtmaeError, Progress, check_number, seed_for
 from .fasta import clean_sequences, read_sequences
 from .store import EmbeddingStore, StoreWriter, _text, create, extend, writer_lock
 

@@ -6,7 +6,7 @@
 __all__ = ['degrees', 'degree_features', 'degree_scores', 'shared_words', 'near_identical', 'leakage_report', 'report_lines',
            'degree_figure']
 
-# %% ../nbs/lib/33_leakage.ipynb #d481ac6b
+# %% ../nbs/lib/33_leakage.ipynb #330fcfd5
 import shutil
 
 import numpy as np
@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .core import check_number
 from .pairs import Pairs
+from .plots import OKABE_ITO
 from .splits import Split, _mmseqs, sequences_of
 
 # %% ../nbs/lib/33_leakage.ipynb #75c00699
@@ -150,19 +151,18 @@ def report_lines(
     for part in ('train', 'test'): yield f"  {part + ' pairs, degree quartiles':29} positives {r['degree'][part]['positive']}, negatives {r['degree'][part]['negative']}"
     yield f"  AUROC of degree alone         {r['degree_auroc']:.3f}"
 
-# %% ../nbs/lib/33_leakage.ipynb #3b6940a0
+# %% ../nbs/lib/33_leakage.ipynb #65aa67f0
 def degree_figure(
     split, # `Split`
     pairs, # its `Pairs`
 ):
     "Histograms of training degree (both proteins together), positives against negatives, in training and in test pairs."
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     total = degrees(pairs, split.train).sum(0)
     fig = make_subplots(1, 2, subplot_titles=['training pairs', 'test pairs'], shared_yaxes=True)
     d = np.log10(1 + total[pairs.a] + total[pairs.b]); edges = np.linspace(0, max(d.max(), .1), 41); mid = (edges[1:] + edges[:-1])/2
     for col, part in ((1, split.train), (2, split.test)):
-        for y, name, colour in ((1, 'positive', '#0072B2'), (0, 'negative', '#D55E00')):
+        for y, name, colour in ((1, 'positive', OKABE_ITO[0]), (0, 'negative', OKABE_ITO[1])):
             h = np.histogram(d[part][pairs.label[part] == y], edges)[0]
             fig.add_scatter(x=10**mid - 1, y=h/max(h.sum(), 1), name=name, line=dict(color=colour, shape='hvh', dash='solid' if y else 'dash'), legendgroup=name, showlegend=col == 1, row=1, col=col)
     fig.update_xaxes(type='log', title='training pairs of both proteins'); fig.update_yaxes(title='share of pairs', col=1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OKABE_ITO', 'DASHES', 'curves', 'reconstruct', 'reconstruction_figure']
 
-# %% ../nbs/lib/16_plots.ipynb #28b3f98d
+# %% ../nbs/lib/16_plots.ipynb #f4781db5
 import os
 
 import numpy as np
@@ -14,7 +14,8 @@ import plotly.io as pio
 import torch
 from plotly.subplots import make_subplots
 
-from .core import PATCH_SIZE, ProtmaeError, seed_for
+from .batches import ResidueBatches
+from .core import ProtmaeError, seed_for
 from .masking import random_mask
 from .patches import n_patches, patch_bounds
 from .skill import interpolate
@@ -44,7 +45,7 @@ def curves(
     fig.update_layout(template='plotly_white', height=420, margin=dict(t=70, b=10), legend=dict(orientation='h', y=-.25))
     return fig
 
-# %% ../nbs/lib/16_plots.ipynb #c0a1673b
+# %% ../nbs/lib/16_plots.ipynb #f03b66c6
 @torch.no_grad()
 def reconstruct(
     model,          # `TransformerMAE` or `MAEV5`
@@ -57,8 +58,8 @@ def reconstruct(
     "One protein, part of it hidden, and what the model makes of it. N is residues for V2 and patches for V5."
     i = store.index(i) if isinstance(i, str) else i
     if meta['mean'] is None: raise ProtmaeError("this checkpoint carries no mean and std; pass them to load_model (store.mean_std of the proteins it was trained on)")
-    x = torch.from_numpy((store[i].astype('f4') - meta['mean'])/meta['std'])[None]
-    L = torch.tensor([x.shape[1]]); g = torch.Generator().manual_seed(seed_for(seed, 'look'))
+    b = ResidueBatches(store, meta['mean'], meta['std']).__getitems__([i]); x, L = b['x'], b['lengths']
+    g = torch.Generator().manual_seed(seed_for(seed, 'look'))
     dev = next(model.parameters()).device
     if meta['arch'] == 'v2':
         n, starts, ends = x.shape[1], torch.arange(x.shape[1]), torch.arange(x.shape[1]) + 1

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['config_ppi', 'load_encoder', 'PairBatches', 'PPITraining', 'ppi_folder', 'test_once']
 
-# %% ../nbs/lib/36_ppi_train.ipynb #0daa797d
+# %% ../nbs/lib/36_ppi_train.ipynb #95bd4b95
 import hashlib, json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .batches import EpochSampler
-from .checkpoint import build, load_model
+from .checkpoint import load_model, save_tensors
 from .core import ProtmaeError, atomic, provenance, seed_for, write_json
 from .fetch import file_sha256
 from .interaction import PPIClassifier
@@ -27,7 +27,7 @@ from .store import EmbeddingStore
 from .tokens import EncoderInputs, TokenCache
 from .train import Run, check_config, fit
 
-# %% ../nbs/lib/36_ppi_train.ipynb #49963b60
+# %% ../nbs/lib/36_ppi_train.ipynb #b8e4d40d
 config_ppi = dict(epochs=10, batch_size=128, lr=3e-4, warmup_epochs=.5, weight_decay=.05, dropout=.1, n_heads=8, n_layers=2, embed_dim=768, finetune=False,
                   seed=0, clip=1., patience=3, grad_accum=1)
 
@@ -64,10 +64,10 @@ class _Scorer(nn.Module):
     "The classifier, called with a batch (so that DDP sees one forward pass)."
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, lengths, a, b, features=None, x=None, patches=None):
-        if features is None: features = self.net.features(x, lengths) if patches is None else self.net.features(None, lengths, patches)
+        if features is None: features = self.net.features(x, lengths, patches)
         return self.net.score(features, lengths, a, b)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #757218c6
+# %% ../nbs/lib/36_ppi_train.ipynb #85b7badc
 class PPITraining(Run):
     "One run of V5.2 (a V2 checkpoint) or V5 native (a V5 checkpoint) on a split of labelled pairs."
     def __init__(self,
@@ -120,8 +120,8 @@ class PPITraining(Run):
     def save_weights(self, path, row):
         "What was trained (with a frozen encoder: all but the encoder)."
         net = self.acc.unwrap_model(self.model).net
-        keep = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items() if self.config['finetune'] or not k.startswith('encoder.')}
-        with atomic(path) as tmp: save_file(keep, tmp, dict(protmae=json.dumps(dict(arch=self.arch, config=self.config, epoch=row['epoch'], val_auroc=row['val_auroc'], split=self.split.fingerprint))))
+        keep = {k: v for k, v in net.state_dict().items() if self.config['finetune'] or not k.startswith('encoder.')}
+        save_tensors(path, keep, dict(arch=self.arch, config=self.config, epoch=row['epoch'], val_auroc=row['val_auroc'], split=self.split.fingerprint))
 
 # %% ../nbs/lib/36_ppi_train.ipynb #472f137d
 def ppi_folder(

@@ -6,8 +6,8 @@
 __all__ = ['FORMAT_VERSION', 'check_local', 'Rows', 'EmbeddingStore', 'fingerprint', 'describe', 'create', 'writer_lock',
            'StoreWriter', 'extend', 'import_h5', 'verify']
 
-# %% ../nbs/lib/02_store.ipynb #83db933d
-import fcntl, hashlib, json, os, shutil
+# %% ../nbs/lib/02_store.ipynb #4a1ae5a1
+import fcntl, hashlib, json, os
 from contextlib import contextmanager
 from pathlib import Path
 

@@ -32,7 +32,7 @@ def encoder_digest(
     for a in (mean, std): h.update(np.ascontiguousarray(a, 'f4'))
     return h.hexdigest()[:12]
 
-# %% ../nbs/lib/21_tokens.ipynb #9a76674c
+# %% ../nbs/lib/21_tokens.ipynb #ff02afac
 class EncoderInputs:
     "Batches of what an encoder reads: patches for V5, residues for V2."
     def __init__(self,
@@ -40,15 +40,14 @@ class EncoderInputs:
         store,     # `EmbeddingStore`
         mean, std, # (D,) standardisation
     ):
-        self.patches = model.adapter is None
-        self.data = PatchBatches(PatchCache(store, model.patching), mean, std) if self.patches else ResidueBatches(store, mean, std)
+        self.data = PatchBatches(PatchCache(store, model.patching), mean, std) if model.adapter is None else ResidueBatches(store, mean, std)
     def features(self,
         model, # `PPIClassifier`
         idx,   # positions in the store
     )->tuple:  # features (P, ., .) and lengths (P,), on the model's device
         "`model.features` of some proteins."
-        b = self.data.__getitems__(idx); dev = next(model.parameters()).device; L = b['lengths'].to(dev)
-        return (model.features(None, L, b['patches'].to(dev)) if self.patches else model.features(b['x'].to(dev), L)), L
+        dev = next(model.parameters()).device; b = {k: v.to(dev) for k, v in self.data.__getitems__(idx).items()}
+        return model.features(b.get('x'), b['lengths'], b.get('patches')), b['lengths']
 
 class TokenCache:
     "Features of every protein of a store from one frozen encoder."

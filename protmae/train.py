@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'V2Task', 'V5Task', 'optimizer_for', 'warmup_cosine', 'stop_softly', 'make_config', 'check_config', 'Run',
            'save_state', 'load_state', 'write_log', 'train_step', 'fit', 'Pretraining', 'run_folder', 'pretrain']
 
-# %% ../nbs/lib/15_train.ipynb #e93a6626
+# %% ../nbs/lib/15_train.ipynb #8b3d690c
 import hashlib, json, math, os, pickle, shutil, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from .batches import EpochSampler, PatchBatches, ResidueBatches, split_by_protein
 from .checkpoint import build, save_model
-from .core import N_PATCHES, PATCH_SIZE, ProtmaeError, Progress, atomic, check_number, git_commit, is_headless, provenance, seed_for, write_json, _hms
+from .core import PATCH_SIZE, ProtmaeError, Progress, atomic, check_number, git_commit, is_headless, provenance, seed_for, write_json, _hms
 from .patches import PatchCache
 from .skill import Skill
 from .store import EmbeddingStore
