@@ -204,10 +204,11 @@ def predict(
         out.append(torch.sigmoid(_Scorer(net)(**batch).double()).cpu().numpy())
     return np.concatenate(out) if out else np.zeros(0)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #ff55e5fa
+# %% ../nbs/lib/36_ppi_train.ipynb #99b66b11
 def test_once(
     run, # `PPITraining`, trained
     resamples=1000, # of the bootstrap
+    **more, # to record beside the result
 )->dict: # metrics with intervals, leakage, provenance
     "The test result of a finished run; computed at the first call, read at later ones."
     path = run.out/'test.json'
@@ -219,8 +220,8 @@ def test_once(
     (vy, vp), (y, p) = (run.scores(load(i), i) for i in (run.split.val, run.split.test))
     m = evaluate(y, p, run.pairs.a[run.split.test], run.pairs.b[run.split.test], vy, vp, resamples, run.config['seed'])
     best = max(run.history, key=lambda r: r['val_auroc'])
-    out = dict(arch=run.arch, kind=run.split.kind, split=run.split.fingerprint, leaks=run.split.leaks, best_epoch=best['epoch'], epochs=len(run.history), metrics=m,
-               seconds_per_epoch=float(np.median([r['seconds'] for r in run.history])), config=run.config, **provenance())
+    out = dict(arch=run.arch, checkpoint=run.about['checkpoint'], encoder=run.about['encoder'], kind=run.split.kind, split=run.split.fingerprint, seed=run.split.seed, train_pairs=len(run.split.train), test_pairs=len(run.split.test), leaks=run.split.leaks, best_epoch=best['epoch'], epochs=len(run.history), metrics=m,
+               seconds_per_epoch=float(np.median([r['seconds'] for r in run.history])), val_auroc=best['val_auroc'], config=run.config, **more, **provenance())
     with atomic(run.out/'test_scores.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, pair=run.split.test, label=y, score=p.astype('f4'))
     write_json(path, out)
     return out

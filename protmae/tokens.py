@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encoder_digest', 'EncoderInputs', 'TokenCache']
 
-# %% ../nbs/lib/21_tokens.ipynb #eae31780
+# %% ../nbs/lib/21_tokens.ipynb #402bc0c1
 import hashlib
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .embed import token_batches
 from .interaction import PPIClassifier
 from .patches import PatchCache, n_patches
 from .store import EmbeddingStore, Rows
+from .v5 import MAEEncoder
 
 # %% ../nbs/lib/21_tokens.ipynb #e476cf38
 def encoder_digest(
@@ -32,7 +33,7 @@ def encoder_digest(
     for a in (mean, std): h.update(np.ascontiguousarray(a, 'f4'))
     return h.hexdigest()[:12]
 
-# %% ../nbs/lib/21_tokens.ipynb #ff02afac
+# %% ../nbs/lib/21_tokens.ipynb #e95b9bfb
 class EncoderInputs:
     "Batches of what an encoder reads: patches for V5, residues for V2."
     def __init__(self,
@@ -59,13 +60,24 @@ class TokenCache:
         max_tokens=16384, # residues per batch while encoding
     ):
         if not model.frozen: raise ProtmaeError("the encoder is not frozen: what it says changes as it trains; use EncoderInputs instead of a cache")
-        self.store, self.patching, self.cls = store, model.patching, int(model.adapter is None)
-        self.key = f'{encoder_digest(model.encoder, mean, std, model.patching)}-{store.fingerprint}'
-        self.path = Path(path or store.path.with_suffix(f'.tokens-{self.key[:12]}.h5'))
-        self.counts = n_patches(store.lengths, self.patching) + self.cls
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
+        self._at(model.encoder, store, mean, std, model.patching, path)
         self.built = not self._fits()
         if self.built: self._build(model, EncoderInputs(model, store, mean, std), max_tokens)
+        self._open()
+    @classmethod
+    def found(cls,
+        encoder, store, mean, std, patching='window',
+    ): # `TokenCache`, or None
+        "The cache of this encoder beside this store, if an earlier run has left one."
+        self = cls.__new__(cls); self._at(encoder, store, mean, std, patching, None)
+        if self._fits(): self.built = False; self._open(); return self
+    def _at(self, encoder, store, mean, std, patching, path):
+        self.store, self.patching, self.cls = store, patching, int(isinstance(encoder, MAEEncoder))
+        self.key = f'{encoder_digest(encoder, mean, std, patching)}-{store.fingerprint}'
+        self.path = Path(path or store.path.with_suffix(f'.tokens-{self.key[:12]}.h5'))
+        self.counts = n_patches(store.lengths, patching) + self.cls
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
+    def _open(self):
         with h5py.File(self.path, 'r') as f: self._rows = Rows(f, 'tokens')
         if self._rows.shape[0] != self.counts.sum(): raise ProtmaeError(f"{self.path} has {self._rows.shape[0]} rows, expected {self.counts.sum()}; delete it, it is made anew")
         self.dim = self._rows.shape[1]

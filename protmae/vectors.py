@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['protein_vectors']
 
-# %% ../nbs/lib/22_vectors.ipynb #d605705f
+# %% ../nbs/lib/22_vectors.ipynb #3d3585c6
 import time
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from .batches import PatchBatches, ResidueBatches
 from .checkpoint import load_model, save_tensors
 from .core import ProtmaeError, Progress
 from .embed import token_batches
-from .patches import PatchCache, n_patches
-from .tokens import encoder_digest
+from .patches import PatchCache, n_patches, patch_bounds
+from .tokens import TokenCache, encoder_digest
 from .v5 import real_patches
 
-# %% ../nbs/lib/22_vectors.ipynb #46fd49c2
+# %% ../nbs/lib/22_vectors.ipynb #21a5f74f
 def _encode(model, arch, b):
     "Vectors of one batch."
     if arch == 'v2':
@@ -31,6 +31,16 @@ def _encode(model, arch, b):
         return dict(compressed=model.compress_head(mean), mean=mean)
     out, real = model.encoder(None, b['lengths'], b['patches']), real_patches(b['lengths'], model.encoder.patching)
     return dict(cls=out[:, 0], mean=out[:, 1:].sum(1)/real.sum(1, keepdim=True))     # missing patches are 0
+
+def _pool(tokens, idx, v2):
+    "The same from a `TokenCache`, to float16."
+    out = {}
+    for i in range(0, len(idx), 256):
+        f, L = tokens.batch(idx[i:i+256].tolist()); s, e = patch_bounds(L, tokens.patching); n = (e - s).to(f.dtype)
+        if v2 is None: got = dict(cls=f[:, 0], mean=f[:, 1:].sum(1)/(n > 0).sum(1, keepdim=True))
+        else: mean = (f*n[..., None]).sum(1)/L[:, None]; got = dict(compressed=v2.compress_head(mean), mean=mean)      # patch means, as heavy as they are long
+        for k, v in got.items(): out.setdefault(k, []).append(v.float())
+    return {k: torch.cat(v).numpy() for k, v in out.items()}
 
 def _cached(path):
     try: return load_file(path)
@@ -52,6 +62,8 @@ def protein_vectors(
     if len(meta['mean']) != store.dim: raise ProtmaeError(f"{checkpoint} reads embeddings of width {len(meta['mean'])}, and {store.path} has {store.dim}; use the store it was trained on, or one of the same language model")
     idx = np.arange(len(store)) if idx is None else np.asarray(idx, np.int64)
     way = 'residues' if v2 else model.encoder.patching
+    tokens = TokenCache.found(model if v2 else model.encoder, store, meta['mean'], meta['std'], 'window' if v2 else way) if path is None else None
+    if tokens: return _pool(tokens, idx, model if v2 else None)
     key = encoder_digest(model if v2 else model.encoder, meta['mean'], meta['std'], way)
     path = Path(path or store.path.with_suffix(f'.vectors-{key}-{store.fingerprint}.safetensors'))
     kept = _cached(path)
