@@ -6,7 +6,7 @@
 __all__ = ['config_ppi', 'config_for', 'check_finetune', 'make_classifier', 'load_encoder', 'PairBatches', 'PPITraining',
            'ppi_folder', 'load_classifier', 'predict', 'test_once']
 
-# %% ../nbs/lib/36_ppi_train.ipynb #8eacb522
+# %% ../nbs/lib/36_ppi_train.ipynb #627f92b7
 import hashlib, json
 from pathlib import Path
 
@@ -25,11 +25,11 @@ from .pairs import Pairs
 from .ppi_metrics import auroc, evaluate
 from .splits import Split
 from .store import EmbeddingStore
-from .tokens import EncoderInputs, TokenCache
+from .tokens import EncoderInputs, TokenCache, WhiteTokens
 from .train import Run, check_config, fit
 
-# %% ../nbs/lib/36_ppi_train.ipynb #2060531f
-config_ppi = dict(epochs=10, batch_size=128, lr=3e-4, warmup_epochs=.5, weight_decay=.05, dropout=.1, n_heads=8, n_layers=2, embed_dim=768, finetune=False, lora_rank=8,
+# %% ../nbs/lib/36_ppi_train.ipynb #2c3442ab
+config_ppi = dict(epochs=10, batch_size=128, lr=3e-4, warmup_epochs=.5, weight_decay=.05, dropout=.1, n_heads=8, n_layers=2, embed_dim=768, finetune=False, lora_rank=8, whiten=.1,
                   seed=0, clip=1., patience=3, grad_accum=1)
 
 def config_for(
@@ -38,6 +38,7 @@ def config_for(
     "The full configuration of a run, checked."
     c = check_config('PPI', dict(config_ppi), changes)
     c['lora_rank'], c['dropout'], c['finetune'] = check_number('lora_rank', c['lora_rank'], 1, integer=True), check_number('dropout', c['dropout'], 0, 1, open_high=True), check_finetune(c['finetune'])
+    c['whiten'] = check_number('whiten', c['whiten'], 0, open_low=True)
     return c
 
 def check_finetune(v):
@@ -70,9 +71,9 @@ def _kept(name, finetune): return finetune is True or not name.startswith('encod
 class PairBatches(torch.utils.data.Dataset):
     "Batches of pairs, every protein of a batch once."
     def __init__(self,
-        pairs, # `Pairs`
-        cache, # `TokenCache`, or `EncoderInputs` when the encoder trains
-    ): self.pairs, self.cache = pairs, cache
+        pairs,  # `Pairs`
+        inputs, # `WhiteTokens`, or `EncoderInputs` when the encoder trains
+    ): self.pairs, self.inputs = pairs, inputs
     def __len__(self): return len(self.pairs)
     def __getitems__(self,
         idx,  # pairs
@@ -81,8 +82,8 @@ class PairBatches(torch.utils.data.Dataset):
         p = self.pairs
         used, at = np.unique(np.concatenate([p.a[idx], p.b[idx]]), return_inverse=True)
         a, b = torch.as_tensor(at.reshape(2, -1))
-        if isinstance(self.cache, TokenCache): f, L = self.cache.batch(used.tolist()); x = dict(features=f, lengths=L)
-        else: x = {k: v for k, v in self.cache.data.__getitems__(used.tolist()).items() if k != 'index'}
+        if isinstance(self.inputs, WhiteTokens): f, L = self.inputs.batch(used); x = dict(features=f, lengths=L)
+        else: x = {k: v for k, v in self.inputs.data.__getitems__(used.tolist()).items() if k != 'index'}
         return x | dict(a=a, b=b, label=torch.as_tensor(p.label[idx], dtype=torch.float32), index=torch.as_tensor(idx))
 
 class _Scorer(nn.Module):
@@ -92,7 +93,7 @@ class _Scorer(nn.Module):
         if features is None: features = self.net.features(x, lengths, patches)
         return self.net.score(features, lengths, a, b)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #9c7d784b
+# %% ../nbs/lib/36_ppi_train.ipynb #87839d95
 class PPITraining(Run):
     "One run of V5.2 (a V2 checkpoint) or V5 native (a V5 checkpoint) on a split of labelled pairs."
     def __init__(self,
@@ -113,14 +114,15 @@ class PPITraining(Run):
         train_proteins = np.unique(np.concatenate([pairs.a[split.train], pairs.b[split.train]]))
         encoder, meta = load_encoder(checkpoint, s, train_proteins)
         self.arch = 'v5.2' if meta['arch'] == 'v2' else 'v5'
-        net, self.meta = make_classifier(encoder, c), meta
-        inputs = EncoderInputs(net, s, meta['mean'], meta['std']) if c['finetune'] else TokenCache(net, s, meta['mean'], meta['std'])
+        cache = TokenCache(PPIClassifier(encoder, embed_dim=c['embed_dim'], n_heads=1, n_layers=1), s, meta['mean'], meta['std'])      # of the encoder as it was pretrained
+        net = make_classifier(encoder, c); cache.fit_whitening(net, train_proteins, c['whiten'])
+        inputs = EncoderInputs(net, s, meta['mean'], meta['std']) if c['finetune'] else WhiteTokens(net, cache, pairs.proteins)
         self.about = dict(arch=self.arch, config=c, checkpoint=str(checkpoint), encoder=file_sha256(checkpoint),
             mean=meta['mean'].tolist(), std=meta['std'].tolist(), fingerprint=s.fingerprint, split=split.fingerprint)
-        super().__init__(out, c, dict(arch=self.arch, fingerprint=s.fingerprint, split=split.fingerprint, encoder=None if c['finetune'] else inputs.key),
+        super().__init__(out, c, dict(arch=self.arch, fingerprint=s.fingerprint, split=split.fingerprint, encoder=file_sha256(checkpoint)),
             dict(store=str(s.path.resolve()), model=s.model, note=str(s.attrs.get('note', '')), checkpoint=str(checkpoint), pretraining=meta.get('config'), pretrained_on=meta.get('fingerprint'),
                  kind=split.kind, leaks=split.leaks, train_pairs=len(split.train), val_pairs=len(split.val), test_pairs=len(split.test)), resume, save_minutes, cpu)
-        self.data = PairBatches(pairs, inputs)
+        self.data, self.tokens_built = PairBatches(pairs, inputs), cache.built
         self.start(_Scorer(net), self.data, EpochSampler(split.train, c['batch_size'], None, c['seed']), self.data, EpochSampler(split.val, c['batch_size'], None, shuffle=False))
     def intro(self):
         m = self.acc.unwrap_model(self.model); n = sum(p.numel() for p in m.parameters() if p.requires_grad)
@@ -162,7 +164,7 @@ def ppi_folder(
     key = hashlib.sha256(json.dumps([arch, store.fingerprint, split.fingerprint, file_sha256(checkpoint) if checkpoint else '', c], sort_keys=True).encode()).hexdigest()[:6]
     return Path(root)/f'ppi-{arch}-{store.path.stem}-{split.kind}-seed{split.seed}-{key}'
 
-# %% ../nbs/lib/36_ppi_train.ipynb #b846425e
+# %% ../nbs/lib/36_ppi_train.ipynb #348b9937
 def _load_weights(net, state, path, finetune):
     missing, extra = net.load_state_dict(state, strict=False)
     if extra or any(_kept(k, finetune) for k in missing): raise ProtmaeError(f"{path} does not fit this classifier (missing: {[k for k in missing if _kept(k, finetune)][:3]}, not expected: {extra[:3]}); was it written by another version?")
@@ -197,8 +199,9 @@ def predict(
     if lack: raise ProtmaeError(f"{len(lack):,} proteins are not in {store.path}, {lack[0]!r} first; embed them, or leave out their pairs")
     if store.dim != len(about['mean']): raise ProtmaeError(f"{path} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}")
     dev = torch.device('cuda' if torch.cuda.is_available() else 'cpu'); net.to(dev)
-    inputs = (TokenCache if net.frozen else EncoderInputs)(net, store, about['mean'], about['std'])
-    data = PairBatches(Pairs(store.ids, np.array([at[i] for i in a]), np.array([at[i] for i in b]), np.zeros(len(a), 'i1')), inputs); out = []
+    p = Pairs(store.ids, np.array([at[i] for i in a]), np.array([at[i] for i in b]), np.zeros(len(a), 'i1')); out = []
+    inputs = WhiteTokens(net, TokenCache(net, store, about['mean'], about['std']), p.proteins) if net.frozen else EncoderInputs(net, store, about['mean'], about['std'])
+    data = PairBatches(p, inputs)
     for i in range(0, len(a), batch_size):
         batch = {k: v.to(dev) for k, v in data.__getitems__(np.arange(i, min(i + batch_size, len(a)))).items() if k not in ('label', 'index')}
         out.append(torch.sigmoid(_Scorer(net)(**batch).double()).cpu().numpy())
