@@ -207,7 +207,7 @@ def predict(
         out.append(torch.sigmoid(_Scorer(net)(**batch).double()).cpu().numpy())
     return np.concatenate(out) if out else np.zeros(0)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #99b66b11
+# %% ../nbs/lib/36_ppi_train.ipynb #092e397f
 def test_once(
     run, # `PPITraining`, trained
     resamples=1000, # of the bootstrap
@@ -225,6 +225,6 @@ def test_once(
     best = max(run.history, key=lambda r: r['val_auroc'])
     out = dict(arch=run.arch, checkpoint=run.about['checkpoint'], encoder=run.about['encoder'], kind=run.split.kind, split=run.split.fingerprint, seed=run.split.seed, train_pairs=len(run.split.train), test_pairs=len(run.split.test), leaks=run.split.leaks, best_epoch=best['epoch'], epochs=len(run.history), metrics=m,
                seconds_per_epoch=float(np.median([r['seconds'] for r in run.history])), val_auroc=best['val_auroc'], config=run.config, **more, **provenance())
-    with atomic(run.out/'test_scores.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, pair=run.split.test, label=y, score=p.astype('f4'))
+    with atomic(run.out/'test_scores.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, pair=run.split.test, a=run.pairs.a[run.split.test], b=run.pairs.b[run.split.test], label=y, score=p.astype('f4'))
     write_json(path, out)
     return out
