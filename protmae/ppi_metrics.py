@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_scores', 'Ranking', 'auroc', 'auprc', 'balance_weights', 'best_threshold', 'accuracy', 'ece', 'protein_weights',
-           'bootstrap', 'evaluate', 'roc_figure', 'pr_figure']
+           'bootstrap', 'compare', 'evaluate', 'roc_figure', 'pr_figure']
 
 # %% ../nbs/lib/34_ppi_metrics.ipynb #3addf9fa
 import numpy as np
@@ -135,6 +135,23 @@ def bootstrap(
     names = ['auroc', 'auprc', f'auprc_1to{negatives:g}', 'accuracy', f'accuracy_1to{negatives:g}']
     q = np.nanquantile(values, [(1 - level)/2, (1 + level)/2], axis=1)
     return {k: (float(lo), float(hi)) for k, lo, hi in zip(names, *q)}
+
+# %% ../nbs/lib/34_ppi_metrics.ipynb #5a499d12
+def compare(
+    label,    # test pairs
+    one, two, # scores of two systems
+    a, b,     # the pairs' proteins
+    resamples=1000,
+    seed=0,
+    level=0.95,
+)->tuple:     # AUROC of `one` minus that of `two`: difference, low, high
+    "A paired bootstrap over proteins."
+    r, q = Ranking(label, one), Ranking(label, two); rng, d = np.random.default_rng(seed_for(seed, 'compare')), []
+    step = max(1, 2_000_000//len(label))
+    for i in range(0, check_number('resamples', resamples, 1, integer=True), step):
+        w = protein_weights(np.asarray(a), np.asarray(b), min(step, resamples - i), rng); d.append(r.metrics(w)[0] - q.metrics(w)[0])
+    lo, hi = np.nanquantile(np.concatenate(d), [(1 - level)/2, (1 + level)/2])
+    return auroc(label, one) - auroc(label, two), float(lo), float(hi)
 
 # %% ../nbs/lib/34_ppi_metrics.ipynb #0954f0ed
 def evaluate(
