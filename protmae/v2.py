@@ -32,7 +32,7 @@ def check_input(x, lengths, dim, max_len):
     if not len(x): raise ProtmaeError("an empty batch; expected at least one protein")
     if lengths.min() < 1 or lengths.max() > x.shape[1]: raise ProtmaeError(f"lengths are {int(lengths.min())}-{int(lengths.max())}; expected 1 to {x.shape[1]}")
 
-# %% ../nbs/lib/10_v2.ipynb #9697fc0f
+# %% ../nbs/lib/10_v2.ipynb #0ebb0a1a
 class TransformerMAE(nn.Module):
     "V2: masked autoencoder over residues, with one compressed vector per protein."
     def __init__(self,
@@ -77,12 +77,15 @@ class TransformerMAE(nn.Module):
         lengths: Tensor, # (B,) int64
         mask=None,       # (B, L) bool; None: drawn at `mask_ratio`
         mask_ratio=.5,
+        everywhere=True, # False: rebuild masked positions only, the others are 0; all that a loss needs
     )->tuple:            # reconstruction (B, L, D), compressed (B, D), mask (B, L)
         "Mask, encode, rebuild, compress. Positions that are padding are 0 and never masked."
         if mask is None: mask = random_mask(lengths, mask_ratio, x.shape[1])
         t, r = self.encode(x, lengths, mask)
         mean = t.new_zeros(len(x), t.shape[1]).index_add(0, r.index//x.shape[1], t)/lengths[:, None]
-        return r.unpack(self.decoder(t)), self.compress_head(mean), mask
+        if everywhere: return r.unpack(self.decoder(t)), self.compress_head(mean), mask
+        at = r.pack(mask).nonzero()[:, 0]; rec = self.decoder(t.index_select(0, at))
+        return rec.new_zeros(mask.numel(), rec.shape[1]).index_copy(0, r.index.index_select(0, at), rec).view(*mask.shape, -1), self.compress_head(mean), mask
 
 # %% ../nbs/lib/10_v2.ipynb #dcf86e93
 def mae_loss(
