@@ -93,7 +93,7 @@ class _Scorer(nn.Module):
         if features is None: features = self.net.features(x, lengths, patches)
         return self.net.score(features, lengths, a, b)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #87839d95
+# %% ../nbs/lib/36_ppi_train.ipynb #3e166967
 class PPITraining(Run):
     "One run of V5.2 (a V2 checkpoint) or V5 native (a V5 checkpoint) on a split of labelled pairs."
     def __init__(self,
@@ -127,8 +127,8 @@ class PPITraining(Run):
     def intro(self):
         m = self.acc.unwrap_model(self.model); n = sum(p.numel() for p in m.parameters() if p.requires_grad)
         return (f"{self.store.attrs['note']}\n" if self.store.attrs.get('note') else '') + f"{self.arch} on {self.split!r}\n{n:,} of {self.n_params:,} parameters train"
-    def _logits(self, b): return self.model(**{k: v for k, v in b.items() if k not in ('label', 'index')})
-    def loss(self, b): return F.binary_cross_entropy_with_logits(self._logits(b), b['label']), len(b['label'])
+    def _logits(self, b): return self.model(**{k: v for k, v in b.items() if k not in ('label', 'index', 'own')})
+    def loss(self, b): return self.overall([(F.binary_cross_entropy_with_logits(self._logits(b), b['label']), len(b['label']))], b.get('own', True))
     def names(self, b): return [f'{self.store.ids[self.pairs.a[i]]}-{self.store.ids[self.pairs.b[i]]}' for i in b['index'].tolist()]
     def monitor(self, row): return -row['val_auroc']
     def rates(self, seconds): return dict(pairs_per_s=len(self.split.train)/seconds)
@@ -136,11 +136,11 @@ class PPITraining(Run):
     @torch.no_grad()
     def scores(self, loader, idx)->tuple: # labels and probabilities of the pairs idx, in that order
         "Probabilities of the pairs that a loader brings."
-        self.model.eval(); p = np.full(len(self.pairs), np.nan)
+        self.model.eval(); p = torch.zeros(len(self.pairs), dtype=torch.float64)
         for b in loader:
             with self.acc.autocast(): s = self._logits(b).float()
-            at, s = self.acc.gather(b['index']), self.acc.gather(s)          # processes may repeat a pair to fill a batch: written twice
-            p[at.cpu().numpy()] = torch.sigmoid(s.double().cpu()).numpy()
+            if b.get('own', True): p[b['index'].cpu()] = torch.sigmoid(s.double().cpu())
+        p = self.acc.reduce(p.to(self.acc.device), 'sum').cpu().numpy()      # each pair was scored by one process
         return self.pairs.label[idx].astype(int), p[idx]
     def validate(self)->dict:
         y, p = self.scores(self.val_dl, self.split.val)
@@ -207,7 +207,7 @@ def predict(
         out.append(torch.sigmoid(_Scorer(net)(**batch).double()).cpu().numpy())
     return np.concatenate(out) if out else np.zeros(0)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #092e397f
+# %% ../nbs/lib/36_ppi_train.ipynb #df825afd
 def test_once(
     run, # `PPITraining`, trained
     resamples=1000, # of the bootstrap
@@ -219,7 +219,7 @@ def test_once(
     if not (run.out/'best.safetensors').exists(): raise ProtmaeError(f"{run.out} has no trained weights yet; train first")
     net = run.acc.unwrap_model(run.model).net
     _load_weights(net, load_file(run.out/'best.safetensors'), run.out/'best.safetensors', run.config['finetune'])
-    load = lambda idx: run.acc.prepare(torch.utils.data.DataLoader(run.data, batch_sampler=EpochSampler(idx, run.config['batch_size'], None, shuffle=False), collate_fn=lambda b: b))
+    load = lambda idx: run.loader(run.data, EpochSampler(idx, run.config['batch_size'], None, shuffle=False))
     (vy, vp), (y, p) = (run.scores(load(i), i) for i in (run.split.val, run.split.test))
     m = evaluate(y, p, run.pairs.a[run.split.test], run.pairs.b[run.split.test], vy, vp, resamples, run.config['seed'])
     best = max(run.history, key=lambda r: r['val_auroc'])
