@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['get_embedder', 'token_batches', 'fit_projection', 'embed_fasta']
 
-# %% ../nbs/lib/06_embed.ipynb #0305735b
-import time
+# %% ../nbs/lib/06_embed.ipynb #be2d80ed
+import hashlib, time
 from pathlib import Path
 
 import h5py
@@ -15,7 +15,7 @@ import torch
 
 from .core import ProtmaeError, Progress, check_number, seed_for
 from .fasta import clean_sequences, read_sequences
-from .store import EmbeddingStore, StoreWriter, _text, create, extend, writer_lock
+from .store import EmbeddingStore, StoreWriter, _text, create, extend, shard_files, shard_name, shard_ranges, writer_lock
 
 # %% ../nbs/lib/06_embed.ipynb #432ceefd
 def get_embedder(
@@ -74,7 +74,7 @@ def fit_projection(
 
 def _limits(e): return dict(max_tokens=getattr(e, 'max_tokens', None) or 16384, max_proteins=getattr(e, 'max_proteins', None))
 
-# %% ../nbs/lib/06_embed.ipynb #b35504a4
+# %% ../nbs/lib/06_embed.ipynb #6fd93907
 def embed_fasta(
     fasta,             # FASTA or table of sequences (plain or .gz)
     store,             # .h5 to write, to go on with, or to add to
@@ -84,6 +84,8 @@ def embed_fasta(
     device=None,       # 'cpu' or 'cuda'
     max_tokens=None,   # tokens per batch; None: the embedder's own
     seed=0,            # of the PCA sample
+    shards=None,       # write the store as so many files; None: one file
+    shard=None,        # only this one of them, from 0 (each of `shards` machines does its own)
 )->EmbeddingStore:
     "Embed every protein of a sequence file, resuming where an earlier run stopped; prints what was done."
     t0 = time.perf_counter()
@@ -91,28 +93,65 @@ def embed_fasta(
     if dim is not None: dim = check_number('dim', dim, 1, integer=True)
     if max_tokens is not None: max_tokens = check_number('max_tokens', max_tokens, 1, integer=True)
     if Path(store).is_dir(): raise ProtmaeError(f"{store} is a folder; expected the path of a store, such as {store}/proteins.h5")
+    e = get_embedder(model, device) if isinstance(model, str) else model
+    limits, allowed = _limits(e) | (dict(max_tokens=max_tokens) if max_tokens else {}), None if pca_ids is None else set(pca_ids)
+    def plan():
+        "What a new store gets besides its proteins: attributes, arrays and the width."
+        width = dim or e.dim
+        if width > e.dim: raise ProtmaeError(f"dim is {dim}, but {e.name} has {e.dim} dimensions; PCA can only reduce")
+        if width == e.dim: return {}, {}, width
+        sample = seqs if allowed is None else [s for i, s in zip(ids, seqs) if i in allowed]
+        if not sample: raise ProtmaeError("none of the ids that PCA may see is in the sequence file")
+        arrays, kept = fit_projection(e, sample, width, seed=seed)
+        attrs = dict(pca_variance_kept=kept, pca_fitted_on='a sample of all proteins' if allowed is None else 'a sample of the listed (training) proteins',
+                     projected=hashlib.sha256(b''.join(a.tobytes() for a in arrays.values())).hexdigest()[:16])
+        print(f"PCA {e.dim} -> {width} keeps {kept:.1%} of the variance; fitted on {attrs['pca_fitted_on']}")
+        return attrs, arrays, width
+    if shards is None and shard is None: s = _embed_one(store, ids, seqs, e, dim, pca_ids, limits, plan)
+    else: s = _embed_shards(store, ids, seqs, e, dim, limits, plan, shards, shard)
+    print('\n'.join(cleaning.lines()))
+    print(f"{s.path}: {len(s):,} proteins x {s.dim} dims from {s.model}, fingerprint {s.fingerprint}; {time.perf_counter() - t0:.0f} s in all")
+    return s
+
+def _embed_one(store, ids, seqs, e, dim, pca_ids, limits, plan):
+    "One file: planned, or added to, then filled."
+    if (f := shard_files(store)[1]) != [Path(store)]: raise ProtmaeError(f"{store} stands in {len(f)} shards; say --shards {len(f)} to go on with them, or choose another name")
     with writer_lock(store):
-        e = get_embedder(model, device) if isinstance(model, str) else model
-        limits = _limits(e) | (dict(max_tokens=max_tokens) if max_tokens else {})
         if not Path(store).exists():
-            attrs, arrays, width = {}, {}, dim or e.dim
-            if width > e.dim: raise ProtmaeError(f"dim is {dim}, but {e.name} has {e.dim} dimensions; PCA can only reduce")
-            if width != e.dim:
-                allowed = None if pca_ids is None else set(pca_ids)
-                sample = seqs if allowed is None else [s for i, s in zip(ids, seqs) if i in allowed]
-                if not sample: raise ProtmaeError("none of the ids that PCA may see is in the sequence file")
-                arrays, kept = fit_projection(e, sample, width, seed=seed)
-                attrs = dict(pca_variance_kept=kept, pca_fitted_on='a sample of all proteins' if allowed is None else 'a sample of the listed (training) proteins')
-                print(f"PCA {e.dim} -> {width} keeps {kept:.1%} of the variance; fitted on {attrs['pca_fitted_on']}")
+            attrs, arrays, width = plan()
             create(store, ids, seqs, width, model=e.name, layer=e.layer, arrays=arrays, segments=[0, len(ids)], **attrs)
         else:
             if pca_ids is not None: print(f'{store} exists, with its projection; the list of ids for PCA is not used')
             _extend_if_new(store, ids, seqs, e, dim)
         _fill(store, e, limits)
-    s = EmbeddingStore(store)
-    print('\n'.join(cleaning.lines()))
-    print(f"{store}: {len(s):,} proteins x {s.dim} dims from {s.model}, fingerprint {s.fingerprint}; {time.perf_counter() - t0:.0f} s in all")
-    return s
+    return EmbeddingStore(store)
+
+def _embed_shards(store, ids, seqs, e, dim, limits, plan, n, only):
+    "All shards in turn, or only one."
+    lengths = [len(s) for s in seqs]
+    if n is None: raise ProtmaeError(f"shard is {only}, of how many? Give shards too (in a terminal: --shard {only}/8)")
+    ranges = shard_ranges(lengths, n); n = len(ranges)
+    if only is not None: only = check_number('shard', only, 0, n - 1, integer=True)
+    if Path(store).exists(): raise ProtmaeError(f"{store} exists as one file; choose another name for the shards, or remove it")
+    for k in range(n) if only is None else (only,):
+        f, (a, b) = shard_name(store, k, n), ranges[k]
+        with writer_lock(f):
+            if f.exists():
+                with h5py.File(f, 'r') as h: EmbeddingStore(f).close(); was = _text(h['ids']), _text(h['sequences'])
+                if was != (ids[a:b], seqs[a:b]): raise ProtmaeError(f"{f} was planned for other proteins than shard {k} of {n} of this sequence file ({len(was[0]):,}, now {b - a:,}); shards are cut from one unchanging file: use that one, or embed new proteins into a store of their own")
+                _extend_if_new(f, ids[a:b], seqs[a:b], e, dim)          # adds nothing: checks model and width
+            else:
+                if k and dim and dim != e.dim: attrs, arrays, width = _projection_of(shard_name(store, 0, n), e, dim)
+                else: attrs, arrays, width = plan()
+                create(f, ids[a:b], seqs[a:b], width, model=e.name, layer=e.layer, arrays=arrays, segments=[0, b - a], shard=[k, n], **attrs)
+            print(f'shard {k} of {n}: {b - a:,} proteins, {sum(lengths[a:b]):,} residues')
+            _fill(f, e, limits)
+    return EmbeddingStore(store if only is None else shard_name(store, only, n))
+
+def _projection_of(first, e, dim):
+    "The PCA of shard 0: all shards need the same."
+    if not first.exists(): raise ProtmaeError(f"with dim every shard takes its PCA from {first.name}, which is not in {first.parent}; embed shard 0 first, or copy its file here")
+    with h5py.File(first, 'r') as h: return {k: h.attrs[k] for k in ('pca_variance_kept', 'pca_fitted_on', 'projected')}, {k: h[k][:] for k in ('projection', 'projection_mean')}, dim
 
 def _extend_if_new(store, ids, seqs, e, dim):
     s = EmbeddingStore(store)
