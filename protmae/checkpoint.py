@@ -18,7 +18,7 @@ from .core import ProtmaeError, atomic
 from .v2 import TransformerMAE
 from .v5 import MAEV5
 
-# %% ../nbs/lib/14_checkpoint.ipynb #8e0bf48d
+# %% ../nbs/lib/14_checkpoint.ipynb #1da883c0
 ARCHS = dict(v2=TransformerMAE, v5=MAEV5)
 
 def build(
@@ -32,14 +32,14 @@ def build(
 
 def save_model(
     path,       # .safetensors to write
-    model,      # `TransformerMAE` or `MAEV5`
+    model,      # `TransformerMAE` or `MAEV5`, or its state dict
     arch,       # 'v2' or 'v5'
     sizes,      # arguments it was built with
     mean, std,  # (D,) standardisation of its inputs
     **info,     # more to keep: config, epoch, fingerprint, ...
 ):
     "Write weights and all that is needed to use them, atomically."
-    save_tensors(path, model.state_dict(), dict(arch=arch, sizes=sizes, mean=np.asarray(mean, 'f4').tolist(), std=np.asarray(std, 'f4').tolist(), **info))
+    save_tensors(path, model if isinstance(model, dict) else model.state_dict(), dict(arch=arch, sizes=sizes, mean=np.asarray(mean, 'f4').tolist(), std=np.asarray(std, 'f4').tolist(), **info))
 
 def save_tensors(
     path,  # .safetensors to write

@@ -107,7 +107,7 @@ def provenance(
                 cpus=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
                 time=datetime.now(timezone.utc).isoformat(timespec='seconds'), **extra)
 
-# %% ../nbs/lib/00_core.ipynb #a9d11e01
+# %% ../nbs/lib/00_core.ipynb #9361f61d
 def is_headless()->bool:
     "True where nobody watches a bar: papermill, tests, a pipe or a file."
     try: shell = type(get_ipython()).__name__
@@ -125,11 +125,13 @@ class Progress:
         unit='items',     # what is counted
         done=0,           # how many stand already (a resumed job)
         every=30.,        # seconds between plain lines
+        show=True,        # False: count in silence
     ):
         self.total,self.desc,self.unit,self.done,self.start,self.every = total,desc,unit,done,done,every
         self.t0 = self.last = time.perf_counter()
         self.bar = None
-        if not is_headless():
+        self.show = show
+        if show and not is_headless():
             from tqdm.auto import tqdm
             self.bar = tqdm(total=total, initial=done, desc=desc, unit=f' {unit}', unit_scale=total > 100_000)
     def update(self, n=1):
@@ -137,7 +139,7 @@ class Progress:
         self.done += n
         if self.bar is not None: self.bar.update(n); return
         now = time.perf_counter()
-        if now - self.last >= max(self.every, .05*(now - self.t0)): self.last = now; print(self.line(), flush=True)   # ever rarer in a long job
+        if self.show and now - self.last >= max(self.every, .05*(now - self.t0)): self.last = now; print(self.line(), flush=True)   # ever rarer in a long job
     def line(self):
         "Where we are, in words."
         s = time.perf_counter() - self.t0

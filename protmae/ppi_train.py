@@ -67,7 +67,7 @@ class _Scorer(nn.Module):
         if features is None: features = self.net.features(x, lengths, patches)
         return self.net.score(features, lengths, a, b)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #85b7badc
+# %% ../nbs/lib/36_ppi_train.ipynb #41352659
 class PPITraining(Run):
     "One run of V5.2 (a V2 checkpoint) or V5 native (a V5 checkpoint) on a split of labelled pairs."
     def __init__(self,
@@ -99,8 +99,8 @@ class PPITraining(Run):
     def intro(self):
         m = self.acc.unwrap_model(self.model); n = sum(p.numel() for p in m.parameters() if p.requires_grad)
         return (f"{self.store.attrs['note']}\n" if self.store.attrs.get('note') else '') + f"{self.arch} on {self.split!r}\n{n:,} of {self.n_params:,} parameters train"
-    def _logits(self, b): return self.model(**{k: v for k, v in b.items() if k not in ('label', 'index')})
-    def loss(self, b): return F.binary_cross_entropy_with_logits(self._logits(b), b['label']), len(b['label'])
+    def _logits(self, b): return self.model(**{k: v for k, v in b.items() if k not in ('label', 'index', 'own')})
+    def loss(self, b): return self.overall([(F.binary_cross_entropy_with_logits(self._logits(b), b['label']), len(b['label']))], b.get('own', True))
     def names(self, b): return [f'{self.store.ids[self.pairs.a[i]]}-{self.store.ids[self.pairs.b[i]]}' for i in b['index'].tolist()]
     def monitor(self, row): return -row['val_auroc']
     def rates(self, seconds): return dict(pairs_per_s=len(self.split.train)/seconds)
@@ -108,11 +108,11 @@ class PPITraining(Run):
     @torch.no_grad()
     def scores(self, loader, idx)->tuple: # labels and probabilities of the pairs idx, in that order
         "Probabilities of the pairs that a loader brings."
-        self.model.eval(); p = np.full(len(self.pairs), np.nan)
+        self.model.eval(); p = torch.zeros(len(self.pairs), dtype=torch.float64)
         for b in loader:
             with self.acc.autocast(): s = self._logits(b).float()
-            at, s = self.acc.gather(b['index']), self.acc.gather(s)          # processes may repeat a pair to fill a batch: written twice
-            p[at.cpu().numpy()] = torch.sigmoid(s.double().cpu()).numpy()
+            if b.get('own', True): p[b['index'].cpu()] = torch.sigmoid(s.double().cpu())
+        p = self.acc.reduce(p.to(self.acc.device), 'sum').cpu().numpy()      # each pair was scored by one process
         return self.pairs.label[idx].astype(int), p[idx]
     def validate(self)->dict:
         y, p = self.scores(self.val_dl, self.split.val)
@@ -137,7 +137,7 @@ def ppi_folder(
     key = hashlib.sha256(json.dumps([arch, store.fingerprint, split.fingerprint, file_sha256(checkpoint) if checkpoint else '', c], sort_keys=True).encode()).hexdigest()[:6]
     return Path(root)/f'ppi-{arch}-{store.path.stem}-{split.kind}-seed{split.seed}-{key}'
 
-# %% ../nbs/lib/36_ppi_train.ipynb #09323fb7
+# %% ../nbs/lib/36_ppi_train.ipynb #b7ea27c4
 def test_once(
     run, # `PPITraining`, trained
     resamples=1000, # of the bootstrap
@@ -149,7 +149,7 @@ def test_once(
     net = run.acc.unwrap_model(run.model).net
     missing, extra = net.load_state_dict(load_file(run.out/'best.safetensors'), strict=False)
     if extra or any(not k.startswith('encoder.') for k in missing): raise ProtmaeError(f"{run.out/'best.safetensors'} does not fit this run")
-    load = lambda idx: run.acc.prepare(torch.utils.data.DataLoader(run.data, batch_sampler=EpochSampler(idx, run.config['batch_size'], None, shuffle=False), collate_fn=lambda b: b))
+    load = lambda idx: run.loader(run.data, EpochSampler(idx, run.config['batch_size'], None, shuffle=False))
     (vy, vp), (y, p) = (run.scores(load(i), i) for i in (run.split.val, run.split.test))
     m = evaluate(y, p, run.pairs.a[run.split.test], run.pairs.b[run.split.test], vy, vp, resamples, run.config['seed'])
     best = max(run.history, key=lambda r: r['val_auroc'])
