@@ -70,7 +70,7 @@ class PatchBatches(torch.utils.data.Dataset):
         for row, i in zip(p, idx): row[:self.cache.counts[i]] = (torch.from_numpy(self.cache[i]) - self.mean)/self.std
         return dict(patches=p, lengths=torch.as_tensor(self.cache.store.lengths[idx]), index=torch.as_tensor(idx))
 
-# %% ../nbs/lib/13_batches.ipynb #5e44f381
+# %% ../nbs/lib/13_batches.ipynb #c23db3a4
 class EpochSampler(torch.utils.data.Sampler):
     "Batches of positions; the same for the same seed and epoch."
     drop_last = False
@@ -90,8 +90,8 @@ class EpochSampler(torch.utils.data.Sampler):
         if self.lengths is not None:
             pools = [order[i:i+n*self.pool] for i in range(0, len(order), n*self.pool)] if self.shuffle else [order]
             order = np.concatenate([p[np.argsort(-self.lengths[p], kind='stable')] for p in pools])
-        batches = [order[i:i+n].tolist() for i in range(0, len(order), n)]
-        if self.shuffle and self.lengths is not None:             # shuffled, but a short one stays last: processes that share batches need it so
-            last = min(range(len(batches)), key=lambda i: len(batches[i]))
-            batches = [batches[i] for i in rng.permutation(len(batches)) if i != last] + [batches[last]]
-        return iter(batches)
+        k = np.arange(len(self))
+        if self.shuffle and self.lengths is not None:             # shuffled, but a short one stays last
+            last, k = len(k) - 1 if len(order) % n else 0, rng.permutation(len(k))
+            k = np.append(k[k != last], last)
+        return (order[i*n:i*n+n].tolist() for i in k)             # one at a time: lists of all would take more room than the order
