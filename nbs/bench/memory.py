@@ -5,7 +5,7 @@
 The store is SYNTHETIC: lengths are drawn from the histogram of the yeast proteome below, letters and numbers are random. V5 training reads only the
 patch cache, so that is real (random numbers, about 57 kB a protein) while the residues behind it are a hole in the file that reads as zeros: nothing
 here touches them. The full architecture trains in a process of its own: opening the store, moments, the split, `--steps` batches of the default size,
-five validation batches, one checkpoint. What is reported is that process's peak resident memory (ru_maxrss; the system's page cache is not in it) less
+five validation batches, one checkpoint. What is reported is that process's peak resident memory (VmHWM, elsewhere than Linux ru_maxrss; the system's page cache is not in it) less
 the model's weights and gradients and AdamW's two moments.
 
 The peer fills a dict {id: (L, 960) float16 array} from a store with real rows, in a process of its own: `--peer-proteins` of them are really loaded, and
@@ -24,7 +24,11 @@ from protmae.store import EmbeddingStore, StoreWriter, create
 EDGES = [1, 33, *range(65, 1503, 64), 1503]
 COUNTS = [43, 182, 884, 722, 625, 582, 555, 530, 444, 402, 328, 247, 201, 150, 145, 105, 73, 84, 72, 42, 41, 24, 30, 29, 181]
 
-def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)   # peak so far, bytes
+def rss():
+    "Peak resident bytes of this process so far. Linux's ru_maxrss would start at what the parent held when it started us; VmHWM begins with this program."
+    status = Path('/proc/self/status')
+    if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])*1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 def lengths_of(n, rng):
     bins = rng.choice(len(COUNTS), n, p=np.array(COUNTS)/sum(COUNTS))
@@ -62,7 +66,7 @@ def ours(path, steps):
     s = EmbeddingStore(path); opened = rss()
     import torch
     from protmae.train import Pretraining, save_state, train_step
-    with_torch = rss()
+    with_torch = rss()                                    # the interpreter and its libraries, and the open store
     run = Pretraining('v5', s, Path(path).parent/'run', cpu=True); run.model.train()
     built = rss()
     for b in itertools.islice(run.train_dl, steps): train_step(run, b); run.step += 1
@@ -95,14 +99,14 @@ if __name__ == '__main__':
         d = Path(d); rng = np.random.default_rng(0)
         lengths = sparse_store(d/'big.h5', a.proteins, a.dim, rng)
         cache = (d/'big.window-patches.h5').stat().st_size
-        got = ours_ = child('ours', d/'big.h5')
+        got = child('ours', d/'big.h5')
         with EmbeddingStore(d/'big.h5') as s: text = sum(map(len, s.sequences)) + sum(map(len, s.ids))
         real_store(d/'small.h5', a.peer_proteins, a.dim, rng); other = child('peer', d/'small.h5')
     residues = int(lengths.sum()); state = got['weights'] + got['gradients'] + got['optimizer']
     grown = other['peak_rss'] - other['before']; scaled = grown*residues/other['residues']
     import torch
     res = dict(what='peak resident memory of V5 pretraining (full architecture) on a synthetic store', command=' '.join(['python nbs/bench/memory.py', *sys.argv[1:]]), proteins=a.proteins, residues=residues, mean_length=residues/a.proteins, dim=a.dim,
-               residues_bytes=residues*a.dim*2, patch_cache_bytes=cache, ours=got, model_gradients_optimizer=state, ours_besides_model=got['peak_rss'] - state, python_and_torch=got['after_torch'] - (got['after_opening'] - got['after_imports']),
+               residues_bytes=residues*a.dim*2, patch_cache_bytes=cache, ours=got, model_gradients_optimizer=state, ours_besides_model=got['peak_rss'] - state, 
                open_store_bytes_per_protein=(got['after_opening'] - got['after_imports'])/a.proteins, ids_and_sequences_bytes=text,
                peer=other | dict(method=f'{other["proteins"]} proteins really loaded, growth scaled by residues to {a.proteins}', grown=grown, scaled_to_store=scaled), ratio=scaled/(got['peak_rss'] - state), provenance=provenance())
     write_json(a.out, res)
