@@ -1,0 +1,56 @@
+"""What a protein costs at each stage on this machine: embedding, pooling, a V5 and a V2 training step; time and bytes. nbs/scale.ipynb multiplies these.
+
+    python nbs/bench/scale.py data/yeast.h5 [--model unirep] [--out reports/bench/scale.json]        # on a GPU machine: --out reports/gpu/scale.json
+
+A seeded draw of proteins from a real store, full-size models, batches of the default size, medians over steps. The proteins are embedded anew with
+`--model`, as `protmae embed` does it; pooling, V5 and V2 run on a small store of the drawn proteins. Other work on the machine slows this down; the load is recorded.
+"""
+import argparse, itertools, os, statistics, sys, tempfile, time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from protmae.core import provenance, write_json
+from protmae.embed import _limits, get_embedder, token_batches
+from protmae.patches import PatchCache
+from protmae.store import EmbeddingStore, StoreWriter, create
+from protmae.train import Pretraining, train_step
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('store'); p.add_argument('--model', default='unirep'); p.add_argument('--out', default='reports/bench/scale.json'); p.add_argument('--proteins', type=int, default=400)
+p.add_argument('--embed-proteins', type=int, default=24); p.add_argument('--v5-steps', type=int, default=12); p.add_argument('--v2-steps', type=int, default=3)
+a = p.parse_args()
+load = os.getloadavg()[0]
+big = EmbeddingStore(a.store); pick = np.sort(np.random.default_rng(0).choice(len(big), a.proteins, replace=False))
+sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+def steps(run, n):
+    "Proteins and residues per second, medians over n steps behind one that warms up."
+    run.model.train(); times = []
+    for b in itertools.islice(run.train_dl, n + 1):
+        sync(); t = time.perf_counter(); train_step(run, b); sync(); t = time.perf_counter() - t
+        times.append((len(b['lengths'])/t, int(b['lengths'].sum())/t)); run.step += 1
+    per_s, res_s = (statistics.median(x) for x in zip(*times[1:]))
+    return dict(proteins_per_s=per_s, residues_per_s=res_s, batch_size=run.config['batch_size'], steps=len(times) - 1)
+
+res = dict(what='cost per protein of each stage', command=' '.join(['python nbs/bench/scale.py', *sys.argv[1:]]), source=f'{a.proteins} proteins drawn from {Path(a.store).name} ({len(big):,} proteins)', mean_length=float(big.lengths.mean()))
+e = get_embedder(a.model); seqs = [big.sequences[i] for i in pick[:a.embed_proteins]]; batches = token_batches([len(s) for s in seqs], **_limits(e))
+e.embed(seqs[:1]); sync(); t = time.perf_counter()
+for b in batches: e.embed([seqs[i] for i in b])
+sync(); t = time.perf_counter() - t; n = sum(map(len, seqs))
+res['embed'] = dict(model=e.name, dim=e.dim, residues_per_s=n/t, proteins=len(seqs), residues=n)
+print(f"embed {e.name}: {n/t:,.0f} residues/s")
+with tempfile.TemporaryDirectory() as d:
+    d = Path(d)
+    create(d/'s.h5', [big.ids[i] for i in pick], [big.sequences[i] for i in pick], big.dim, model=big.model, layer=big.layer)
+    with StoreWriter(d/'s.h5') as w: w.write((j, big[i]) for j, i in enumerate(pick))
+    s = EmbeddingStore(d/'s.h5'); t = time.perf_counter(); c = PatchCache(s); t = time.perf_counter() - t
+    residues = int(s.lengths.sum()); cache = c.path.stat().st_size
+    res['patches'] = dict(proteins_per_s=len(s)/t, residues_per_s=residues/t, bytes_per_protein=cache/len(s), patches_per_protein=float(c.counts.mean()))
+    res['store'] = dict(bytes_per_residue=2*s.dim, bytes_per_protein=(s.path.stat().st_size - 2*s.dim*residues)/len(s), dim=s.dim)
+    print(f"patches: {len(s)/t:,.0f} proteins/s, {cache/len(s):,.0f} bytes a protein")
+    for arch, n in (('v5', a.v5_steps), ('v2', a.v2_steps)):
+        r = Pretraining(arch, s, d/arch); res[arch] = steps(r, n) | dict(parameters=r.n_params)
+        print(f"{arch}: {res[arch]['proteins_per_s']:,.2f} proteins/s, {res[arch]['residues_per_s']:,.0f} residues/s"); del r
+write_json(a.out, res | dict(load_average_before=load, provenance=provenance()))
