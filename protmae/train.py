@@ -295,13 +295,13 @@ def train_step(
         run.opt.zero_grad()
     return value, n
 
-# %% ../nbs/lib/15_train.ipynb #908491fc
+# %% ../nbs/lib/15_train.ipynb #1e8fc059
 def fit(
     run, # `Run`
 )->list: # the log: a dict per epoch
     "Train to the end (or until early stopping), from wherever the run stands."
     c = run.config
-    run.say(run.intro() + f", {c['epochs']} epochs of {len(run.train_dl)} batches on {run.acc.device.type}" + (f", {run.acc.num_processes} processes" if run.acc.num_processes > 1 else '') + (f"; going on at epoch {run.epoch + 1}, batch {run.step + 1}" if run.resumed else ''))
+    run.say(run.intro() + f", {c['epochs']} epochs of {len(run.train_dl)} batches on {run.acc.device.type}" + (f", {run.acc.num_processes} processes{' (FSDP)' if run.spread else ''}" if run.acc.num_processes > 1 else '') + (f"; going on at epoch {run.epoch + 1}, batch {run.step + 1}" if run.resumed else ''))
     done = lambda: run.epoch >= c['epochs'] or bool(c['patience'] and run.stale >= c['patience'])
     if done(): run.say('this run is finished; nothing to train'); return run.history
     total = len(run.train_dl)*c['epochs']

@@ -2,10 +2,10 @@
 
     python nbs/bench/scale.py data/yeast.h5 [--model unirep] [--out reports/bench/scale.json]        # on a GPU machine: --out reports/gpu/scale.json
 
-A seeded draw of proteins from a real store, full-size models, batches of the default size, medians over steps. The proteins are embedded anew with
+A seeded draw of proteins from a real store, full-size models, batches of the default size. The proteins are embedded anew with
 `--model`, as `protmae embed` does it; pooling, V5 and V2 run on a small store of the drawn proteins. Other work on the machine slows this down; the load is recorded.
 """
-import argparse, itertools, os, statistics, sys, tempfile, time
+import argparse, itertools, os, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +26,13 @@ big = EmbeddingStore(a.store); pick = np.sort(np.random.default_rng(0).choice(le
 sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 def steps(run, n):
-    "Proteins and residues per second, medians over n steps behind one that warms up."
+    "Proteins and residues per second over n steps behind one that warms up."
     run.model.train(); times = []
     for b in itertools.islice(run.train_dl, n + 1):
         sync(); t = time.perf_counter(); train_step(run, b); sync(); t = time.perf_counter() - t
-        times.append((len(b['lengths'])/t, int(b['lengths'].sum())/t)); run.step += 1
-    per_s, res_s = (statistics.median(x) for x in zip(*times[1:]))
-    return dict(proteins_per_s=per_s, residues_per_s=res_s, batch_size=run.config['batch_size'], steps=len(times) - 1)
+        times.append((len(b['lengths']), int(b['lengths'].sum()), t)); run.step += 1
+    n, res, t = map(sum, zip(*times[1:]))                # the steps' proteins differ in length: sums, not medians
+    return dict(proteins_per_s=n/t, residues_per_s=res/t, batch_size=run.config['batch_size'], steps=len(times) - 1, seconds=t)
 
 res = dict(what='cost per protein of each stage', command=' '.join(['python nbs/bench/scale.py', *sys.argv[1:]]), source=f'{a.proteins} proteins drawn from {Path(a.store).name} ({len(big):,} proteins)', mean_length=float(big.lengths.mean()))
 e = get_embedder(a.model); seqs = [big.sequences[i] for i in pick[:a.embed_proteins]]; batches = token_batches([len(s) for s in seqs], **_limits(e))
