@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'V2Task', 'V5Task', 'optimizer_for', 'warmup_cosine', 'stop_softly', 'make_config', 'check_config', 'OwnPart',
-           'Run', 'save_state', 'load_state', 'write_log', 'train_step', 'fit', 'Pretraining', 'run_folder', 'pretrain']
+           'Run', 'save_state', 'load_state', 'write_log', 'train_step', 'settle', 'fit', 'Pretraining', 'run_folder',
+           'pretrain']
 
 # %% ../nbs/lib/15_train.ipynb #04d869c3
 import hashlib, json, math, os, pickle, shutil, signal, threading, time
@@ -30,7 +31,7 @@ from .store import EmbeddingStore
 from .v2 import compression_loss, config_v2, mae_loss, real_positions
 from .v5 import config_v5, mae_loss_v5, real_patches
 
-# %% ../nbs/lib/15_train.ipynb #0f98b7a3
+# %% ../nbs/lib/15_train.ipynb #38ef91b0
 class V2Task:
     "Residues, in batches of like length."
     min_len, config = 2, config_v2
@@ -39,7 +40,7 @@ class V2Task:
         "Loss of one batch with the masks of `key`, in terms, each with how many values it is a mean of; and what the skill is computed from: reconstruction, truth, mask, real positions."
         x, L = b['x'], b['lengths']
         rec, comp, mask = model(x, L, random_mask(L, c['mask_ratio'], x.shape[1], noise=keyed_noise(key, b['index'], x.shape[1])), everywhere=False)
-        terms = [(mae_loss(rec, x, mask, delta=c['delta'], scale=c['scale']), int(mask.sum()))]
+        terms = [(mae_loss(rec, x, mask, delta=c['delta'], scale=c['scale']), mask.sum())]
         if c['compress_weight']: terms.append((c['compress_weight']*compression_loss(comp, x, L), len(x)))
         return terms, (rec, x, mask, real_positions(L, x.shape[1]))
 
@@ -53,8 +54,8 @@ class V5Task:
         "See `V2Task.loss`."
         L = b['lengths']
         mask = random_mask(n_patches(L, self.patching), c['mask_ratio'], N_PATCHES, keep_both=True, noise=keyed_noise(key, b['index'], N_PATCHES))
-        rec, _, truth = model(None, L, patches=b['patches'], mask=mask)
-        return [(mae_loss_v5(rec, truth, mask), int(mask.sum()))], (rec, truth, mask, real_patches(L, self.patching))
+        rec, _, truth = model(None, L, patches=b['patches'], mask=mask, mask_ratio=c['mask_ratio'])
+        return [(mae_loss_v5(rec, truth, mask), mask.sum())], (rec, truth, mask, real_patches(L, self.patching))
 
 TASKS = dict(v2=V2Task, v5=V5Task)
 
@@ -124,7 +125,7 @@ def check_config(
     c['seed'] = check_number('seed', c['seed'], 0, integer=True)
     return c
 
-# %% ../nbs/lib/15_train.ipynb #b375173a
+# %% ../nbs/lib/15_train.ipynb #0aa1179d
 class OwnPart(Dataset):
     "What one of several processes reads of each batch: every n-th protein."
     def __init__(self, data, process, n): self.data, self.process, self.n = data, process, n
@@ -182,6 +183,7 @@ class Run:
         self.epoch = self.step = 0            # where we are: epoch, batch within it
         self.sums, self.seconds, self.history = [0., 0], 0., []
         self.best, self.stale = math.inf, 0
+        self.recent, self.lag = [], 32 if self.acc.device.type == 'cuda' else 1   # steps whose losses have not been looked at; how many may wait
         self.resumed = load_state(self) if self.resume else False
     def loader(self, data, sampler):
         "Batches on the device: whole ones, or this process's part of each."
@@ -274,28 +276,38 @@ def write_log(
     if run.acc.is_main_process:
         with atomic(run.out/'log.jsonl') as tmp: Path(tmp).write_text(''.join(json.dumps(r) + '\n' for r in run.history))
 
-# %% ../nbs/lib/15_train.ipynb #07ce2600
+# %% ../nbs/lib/15_train.ipynb #bd26eedb
 def train_step(
     run, # `Run`
     b,   # one batch
-)->tuple: # its loss, and how many values that is the mean of
+):
     "Forward, backward, clip, step."
     c = run.config
     torch.manual_seed(seed_for(c['seed'], 'step', run.epoch, run.step, run.acc.process_index))
     with run.acc.accumulate(run.model):
         with run.acc.autocast(): loss, n = run.loss(b)
         run.acc.backward(loss)
-        norm = run.acc.clip_grad_norm_(run.model.parameters(), c['clip']) if run.acc.sync_gradients else torch.zeros(())
-        value = loss.item()
-        if not (math.isfinite(value) and math.isfinite(float(norm))):
-            raise ProtmaeError(f"loss {value}, gradient norm {float(norm)} at epoch {run.epoch + 1}, step {run.step + 1}; nothing was written since the last checkpoint. "
-                               f"Of the batch: {', '.join(run.names(b)[:40])}. Look at their embeddings, or lower lr ({c['lr']})")
+        norm = run.acc.clip_grad_norm_(run.model.parameters(), c['clip']) if run.acc.sync_gradients else torch.zeros((), device=loss.device)
+        run.recent.append((loss.detach(), norm, n, run.step + 1, b['index']))
+        if len(run.recent) >= run.lag: settle(run)
         run.opt.step()
         if run.acc.sync_gradients: run.sched.step()
         run.opt.zero_grad()
-    return value, n
 
-# %% ../nbs/lib/15_train.ipynb #1e8fc059
+def settle(
+    run, # `Run`
+):
+    "Add up the losses of the steps since the last call; raise at the first one that is not finite."
+    if not run.recent: return
+    *numbers, steps, index = zip(*run.recent); run.recent = []
+    numbers = torch.stack([torch.stack([torch.as_tensor(v, dtype=torch.float64, device=numbers[0][0].device) for v in vs]) for vs in numbers]).tolist()     # one wait for all of them
+    for value, norm, n, step, idx in zip(*numbers, steps, index):
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise ProtmaeError(f"loss {value}, gradient norm {norm} at epoch {run.epoch + 1}, step {step}; nothing was written since the last checkpoint. "
+                               f"Of the batch: {', '.join(run.names(dict(index=idx))[:40])}. Look at their embeddings, or lower lr ({run.config['lr']})")
+        run.sums = [run.sums[0] + value*n, run.sums[1] + n]
+
+# %% ../nbs/lib/15_train.ipynb #820ecc29
 def fit(
     run, # `Run`
 )->list: # the log: a dict per epoch
@@ -318,15 +330,14 @@ def _epoch(run, stop, bar):
     dl = skip_first_batches(run.train_dl, run.step) if run.step else run.train_dl
     dl.set_epoch(run.epoch); run.sampler.set_epoch(run.epoch)     # accelerate's loader counts epochs itself, from 0 after a resume
     for b in dl:
-        loss, n = train_step(run, b)
-        run.sums = [run.sums[0] + loss*n, run.sums[1] + n]
+        train_step(run, b)
         run.step += 1; bar.update()
         now = time.perf_counter()
         halt, due = run.agreed(stop, now - saved > 60*run.save_minutes)
         if (halt or due) and run.acc.sync_gradients and run.step < len(run.train_dl):   # not between accumulated batches
-            run.seconds += now - t; t = saved = now; save_state(run)
+            settle(run); run.seconds += now - t; t = saved = now; save_state(run)
             if halt: _interrupted(run)
-    run.seconds += time.perf_counter() - t
+    settle(run); run.seconds += time.perf_counter() - t
     _finish_epoch(run)
 
 def _interrupted(run):
@@ -351,7 +362,7 @@ def _finish_epoch(run):
         left = (c['epochs'] - row['epoch'])*np.mean([r['seconds'] + r['val_seconds'] for r in run.history[-5:]])
         run.say(f"epoch {row['epoch']}/{c['epochs']}  train {row['train_loss']:.4f}  {run.line(row)}  ETA {_hms(left)}")
 
-# %% ../nbs/lib/15_train.ipynb #2c64c26f
+# %% ../nbs/lib/15_train.ipynb #71d84f3a
 class Pretraining(Run):
     "One pretraining run: `TransformerMAE` or `MAEV5` on a store."
     def __init__(self,
@@ -394,7 +405,7 @@ class Pretraining(Run):
         skill, total, n = Skill(), 0., 0
         for b in self.val_dl:
             with self.acc.autocast(): terms, parts = self.task.loss(self.model, b, self.config, seed_for(self.config['seed'], 'validate'))
-            loss, m = self.overall(terms, own := b.get('own', True)); total += loss.item()*m; n += m
+            loss, m = self.overall(terms, own := b.get('own', True)); total += loss.item()*(m := float(m)); n += m
             if own: skill.add(*parts)
         sums = self.acc.reduce(torch.cat([skill.sums.to(self.acc.device), torch.tensor([total, n], dtype=torch.float64, device=self.acc.device)]), 'sum')
         skill.sums = sums[:5]

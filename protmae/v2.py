@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['config_v2', 'real_positions', 'check_input', 'TransformerMAE', 'mae_loss', 'compression_loss']
 
-# %% ../nbs/lib/10_v2.ipynb #0b479695
+# %% ../nbs/lib/10_v2.ipynb #1e6d82c5
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import DIM, MAX_LEN, ProtmaeError
-from .layers import Ragged, encoder, run_encoder
+from .layers import encoder, layout, run_encoder
 from .masking import random_mask
 
-# %% ../nbs/lib/10_v2.ipynb #07eb1102
+# %% ../nbs/lib/10_v2.ipynb #7631284d
 config_v2 = dict(arch='v2', mask_ratio=.5, batch_size=32, lr=2e-4, warmup_epochs=0, weight_decay=.01, epochs=60, delta=.5, scale=5., compress_weight=.1)
 
 def real_positions(
@@ -30,9 +30,10 @@ def check_input(x, lengths, dim, max_len):
     if lengths.shape != x.shape[:1]: raise ProtmaeError(f"lengths has shape {tuple(lengths.shape)}; expected ({len(x)},)")
     if x.shape[1] > max_len: raise ProtmaeError(f"{x.shape[1]} positions; at most {max_len} are allowed; cut longer proteins first")
     if not len(x): raise ProtmaeError("an empty batch; expected at least one protein")
+    if lengths.is_cuda: return                         # to look would be to wait
     if lengths.min() < 1 or lengths.max() > x.shape[1]: raise ProtmaeError(f"lengths are {int(lengths.min())}-{int(lengths.max())}; expected 1 to {x.shape[1]}")
 
-# %% ../nbs/lib/10_v2.ipynb #0ebb0a1a
+# %% ../nbs/lib/10_v2.ipynb #a9cee1a1
 class TransformerMAE(nn.Module):
     "V2: masked autoencoder over residues, with one compressed vector per protein."
     def __init__(self,
@@ -57,11 +58,11 @@ class TransformerMAE(nn.Module):
         x: Tensor,       # (B, L, D), zero-padded
         lengths: Tensor, # (B,) int64
         mask=None,       # (B, L) bool, True = replaced by the mask token; None: nothing is
-    )->tuple:            # packed tokens (T, E), `Ragged`
+        static=None,     # see `layout`
+    )->tuple:            # packed tokens (T, E), and their `layout`
         "Tokens of the real residues."
         check_input(x, lengths, self.input_dim, self.max_len)
-        real = real_positions(lengths, x.shape[1])
-        r = Ragged(real)
+        r = layout(real_positions(lengths, x.shape[1]), static)
         t = self.embed(r.pack(x))
         if mask is not None: t = torch.where(r.pack(mask)[:, None], self.mask_token[0].to(t.dtype), t)
         return run_encoder(self.encoder, t + self.pos_embed[0].index_select(0, r.index % x.shape[1]), r), r   # index_select: its gradient is the same bits each time
@@ -77,17 +78,19 @@ class TransformerMAE(nn.Module):
         lengths: Tensor, # (B,) int64
         mask=None,       # (B, L) bool; None: drawn at `mask_ratio`
         mask_ratio=.5,
-        everywhere=True, # False: rebuild masked positions only, the others are 0; all that a loss needs
+        everywhere=True, # False: rebuild masked positions only, which is all that a loss needs
+        static=None,     # see `layout`
     )->tuple:            # reconstruction (B, L, D), compressed (B, D), mask (B, L)
         "Mask, encode, rebuild, compress. Positions that are padding are 0 and never masked."
         if mask is None: mask = random_mask(lengths, mask_ratio, x.shape[1])
-        t, r = self.encode(x, lengths, mask)
-        mean = t.new_zeros(len(x), t.shape[1]).index_add(0, r.index//x.shape[1], t)/lengths[:, None]
-        if everywhere: return r.unpack(self.decoder(t)), self.compress_head(mean), mask
+        t, r = self.encode(x, lengths, mask, static)
+        if r.real is not None: mean = (t*r.real).view(*mask.shape, -1).sum(1)/lengths[:, None]
+        else: mean = t.new_zeros(len(x), t.shape[1]).index_add(0, r.index//x.shape[1], t)/lengths[:, None]
+        if everywhere or r.real is not None: return r.unpack(self.decoder(t)), self.compress_head(mean), mask
         at = r.pack(mask).nonzero()[:, 0]; rec = self.decoder(t.index_select(0, at))
         return rec.new_zeros(mask.numel(), rec.shape[1]).index_copy(0, r.index.index_select(0, at), rec).view(*mask.shape, -1), self.compress_head(mean), mask
 
-# %% ../nbs/lib/10_v2.ipynb #a3c5c477
+# %% ../nbs/lib/10_v2.ipynb #83c41a90
 def mae_loss(
     reconstruction: Tensor, # (B, L, D)
     x: Tensor,              # (B, L, D) the truth
@@ -99,8 +102,10 @@ def mae_loss(
     compress_weight=.1,     # weight of the compression term; 0 gives the plain loss
 )->Tensor:                  # scalar; 0 where nothing is masked
     "Huber loss on masked positions, plus the compression term."
-    got, want = reconstruction[mask], x[mask]
-    loss = F.huber_loss(scale*got, scale*want, delta=delta, reduction='sum')/max(want.numel(), 1)
+    if mask.is_cuda: loss = (F.huber_loss(scale*reconstruction, scale*x, delta=delta, reduction='none').sum(-1)*mask).sum()/(mask.sum()*x.shape[-1]).clamp(min=1)      # without waiting for a count
+    else:
+        got, want = reconstruction[mask], x[mask]
+        loss = F.huber_loss(scale*got, scale*want, delta=delta, reduction='sum')/max(want.numel(), 1)
     return loss + compress_weight*compression_loss(compressed, x, lengths) if compressed is not None and compress_weight else loss
 
 def compression_loss(

@@ -1,0 +1,202 @@
+"""How fast: pretraining of V5 and V2, the store, and PPI training, against what people would write or pick instead.
+
+    python nbs/bench/speed.py [--rows limits v5 v2 store ppi] [--rounds 3] [--threads 2] [--out reports/bench/speed.json]
+
+Ours and the peer run in turn in this process: same threads, same data, same dtype (float32), same optimiser settings. Each figure is the median of the
+rounds, each ratio the median of the rounds' ratios. `share` is the arithmetic done per second over what a large float32 matmul reaches here, measured
+in the same run. Data are SYNTHETIC: lengths drawn from the yeast proteome's histogram (numbers in memory.py), embeddings random.
+
+| row | ours | peer |
+|---|---|---|
+| v5 plain | `train_step` of a real run, batches from the patch cache | residues from one HDF5 dataset per protein, padded to 1502, all 48 tokens with mask tokens through nn.TransformerEncoder |
+| v5 vitmae | the same | `transformers.ViTMAEForPreTraining` of the same width, depth and decoder, on 47 patches from the same cache |
+| v2 | `train_step` of a real run | the same network, nn.TransformerEncoder, padded to 1502 |
+| store | `EmbeddingStore`, a random batch of 32 proteins | one HDF5 dataset per protein; a bare numpy memmap |
+| ppi | an epoch of pairs from the token cache | both proteins of every pair through the frozen encoder, every time |
+"""
+import argparse, json, math, statistics, sys, tempfile, time
+from pathlib import Path
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('--rows', nargs='+', default=['limits', 'v5', 'v2', 'store', 'ppi']); p.add_argument('--rounds', type=int, default=3); p.add_argument('--threads', type=int)
+p.add_argument('--proteins', type=int, default=512); p.add_argument('--tiny', action='store_true', help='small models and stores: to see that it runs'); p.add_argument('--out', default='reports/bench/speed.json')
+a = p.parse_args()
+
+import h5py, numpy as np, torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from memory import lengths_of, names
+from protmae.core import provenance, write_json
+from protmae.interaction import PPIClassifier
+from protmae.pairs import Pairs
+from protmae.patches import PatchCache
+from protmae.ppi_train import PPITraining
+from protmae.splits import random_split
+from protmae.store import EmbeddingStore, StoreWriter, create
+from protmae.tokens import EncoderInputs
+from protmae.train import Pretraining, train_step
+from protmae.v2 import mae_loss, real_positions
+from protmae.v5 import real_patches
+
+if a.threads: torch.set_num_threads(a.threads)
+tmp = Path(tempfile.mkdtemp()); rng = np.random.default_rng(0); torch.manual_seed(0)
+N, D = (160, 96) if a.tiny else (a.proteins, 960)
+S5 = dict(embed_dim=96, num_layers=2, nhead=4, ff_dim=192, decoder_dim=32, decoder_layers=1, decoder_heads=4) if a.tiny else {}
+S2 = dict(embed_dim=64, num_layers=1, nhead=4, ff_dim=128) if a.tiny else {}
+lengths = lengths_of(N, rng); lengths = np.maximum(lengths, 33); ids, seqs = names(N, lengths, rng)
+create(tmp/'s.h5', ids, seqs, D, model='synthetic', layer='none', note='SYNTHETIC')
+with StoreWriter(tmp/'s.h5') as w:
+    for i in range(0, N, 32): w.write((j, rng.standard_normal((lengths[j], D), 'f4')) for j in range(i, min(i + 32, N)))
+store = EmbeddingStore(tmp/'s.h5'); mean, std = (torch.as_tensor(x) for x in store.mean_std())
+with h5py.File(tmp/'each.h5', 'w') as f:
+    for i in ids: f[i] = store[store.ids.index(i)]
+flat = np.memmap(tmp/'flat.f16', 'f2', 'w+', shape=(int(lengths.sum()), D)); offs = np.concatenate([[0], np.cumsum(lengths)])
+for i in range(N): flat[offs[i]:offs[i + 1]] = store[i]
+flat.flush()
+
+def clock(f):
+    t = time.perf_counter(); f(); return time.perf_counter() - t
+def in_turn(fs, rounds=a.rounds, warm=1):
+    "Seconds of each function, median over rounds in turn, and each round's seconds."
+    for f in list(fs.values())*warm: f()
+    got = {k: [] for k in fs}
+    for _ in range(rounds):
+        for k, f in fs.items(): got[k].append(clock(f))
+    return {k: statistics.median(v) for k, v in got.items()}, got
+rows = {}
+def row(name, unit, amount, got, peer, goal, **more):
+    "One line: `amount` maps ours and peer to units per call."
+    t, rounds = got; ours, theirs = amount['ours']/t['ours'], amount[peer]/t[peer]
+    ratio = statistics.median([(amount['ours']/o)/(amount[peer]/q) for o, q in zip(rounds['ours'], rounds[peer])])
+    rows[name] = dict(unit=unit, ours=ours, peer=theirs, ratio=ratio, goal=goal, seconds=t, **more)
+    print(f"{name:12} {unit:12} ours {ours:12,.1f}   peer {theirs:12,.1f}   ratio {ratio:6.2f} (goal {goal})" + (f"   share of the matmul limit {more['share']:.0%}" if more.get('share') else ''), flush=True)
+def adamw(m, lr=1e-4): return torch.optim.AdamW(m.parameters(), lr=lr, betas=(.9, .95), weight_decay=.05)      # as one writes it
+def update(m, opt, loss): loss.backward(); torch.nn.utils.clip_grad_norm_(m.parameters(), 1.); opt.step(); opt.zero_grad(); assert math.isfinite(loss.item())
+count = lambda m: sum(p.numel() for p in m.parameters())
+
+# --- the machine's limits
+n = 512 if a.tiny else 4096; x, y = torch.randn(n, n), torch.randn(n, n); big, to = torch.empty(2**20 if a.tiny else 2**28), torch.empty(2**20 if a.tiny else 2**28); big.fill_(1); to.fill_(1)
+t, _ = in_turn(dict(mm=lambda: x@y, copy=lambda: to.copy_(big)), 5); gflops, gbs = 2*n**3/t['mm']/1e9, 2*4*len(big)/t['copy']/1e9
+limits = dict(matmul_gflops=gflops, copy_gb_per_s=gbs); print(f'this machine: float32 matmul {gflops:,.0f} GFLOP/s, copy {gbs:,.1f} GB/s (read and written), {torch.get_num_threads()} threads'); del x, y, big, to
+
+def stepper(run, k):
+    "k training steps of a run, batches as its own loader brings them."
+    it = [iter(run.train_dl)]; run.model.train()
+    def go():
+        for _ in range(k):
+            try: b = next(it[0])
+            except StopIteration: it[0] = iter(run.train_dl); b = next(it[0])
+            go.lengths.append(b['lengths'].clone()); train_step(run, b); run.step += 1
+    go.lengths = []
+    return go
+
+# --- V5
+class PlainV5(nn.Module):
+    "V5 as the description reads: residues projected and pooled, mask tokens, everything through the encoder."
+    def __init__(self, dim=768, layers=12, heads=12, ff=3072, ddim=256, dlayers=4, dheads=8):
+        super().__init__(); stack = lambda d, h, f, l: nn.TransformerEncoder(nn.TransformerEncoderLayer(d, h, f, 0., 'gelu', batch_first=True, norm_first=True), l, nn.LayerNorm(d), enable_nested_tensor=False)
+        self.embed, self.pos = nn.Linear(D, dim), nn.Parameter(torch.randn(1, 1502, dim)*.02); self.cls, self.mask = (nn.Parameter(torch.randn(1, 1, dim)*.02) for _ in range(2))
+        self.encoder, self.down, self.dpos = stack(dim, heads, ff, layers), nn.Linear(dim, ddim), nn.Parameter(torch.randn(1, 48, ddim)*.02)
+        self.decoder, self.head = stack(ddim, dheads, 4*ddim, dlayers), nn.Linear(ddim, D)
+    def forward(self, x, L):
+        B = len(x); real = torch.arange(47) < (-(-L//32))[:, None]; pad = torch.cat([torch.zeros(B, 1, dtype=torch.bool), ~real], 1); at = torch.arange(1502) < L[:, None]
+        pool = lambda v: F.pad(v*at[..., None], (0, 0, 0, 2)).view(B, 47, 32, -1).sum(2)/F.pad(at.float(), (0, 2)).view(B, 47, 32).sum(2).clamp(min=1)[..., None]
+        truth, t = pool(x), pool(self.embed(x) + self.pos)
+        mask = (torch.rand(B, 47).masked_fill(~real, 2).argsort(1).argsort(1) < (real.sum(1)*.75).long().clamp(min=1)[:, None])
+        t = torch.where(mask[..., None], self.mask, t)
+        t = self.encoder(torch.cat([self.cls.expand(B, -1, -1), t], 1), src_key_padding_mask=pad)
+        r = self.head(self.decoder(self.down(t) + self.dpos, src_key_padding_mask=pad))[:, 1:]
+        return F.mse_loss(r[mask], truth[mask])
+
+def vitmae(dim=768, layers=12, heads=12, ff=3072, ddim=256, dlayers=4, dheads=8):
+    "transformers' ViTMAE on 47 patches in a row: its square picture is replaced where it looks at the shape."
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    m = ViTMAEForPreTraining(ViTMAEConfig(hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ff, image_size=7, patch_size=1, num_channels=D, mask_ratio=.75,
+        decoder_hidden_size=ddim, decoder_num_hidden_layers=dlayers, decoder_num_attention_heads=dheads, decoder_intermediate_size=4*ddim))
+    e = m.vit.embeddings; e.patch_embeddings.image_size, e.patch_embeddings.num_patches, e.num_patches = (1, 47), 47, 47
+    e.position_embeddings, m.decoder.decoder_pos_embed = (nn.Parameter(torch.zeros(1, 48, d), requires_grad=False) for d in (dim, ddim))
+    m.decoder.decoder_pred = nn.Linear(ddim, D)
+    def loss(patches):
+        o = m.vit(patches.transpose(1, 2)[:, :, None]); r = m.decoder(o.last_hidden_state, o.ids_restore).logits
+        return (((r - patches)**2).mean(-1)*o.mask).sum()/o.mask.sum()
+    return m, loss
+
+if 'v5' in a.rows:
+    for batch in (16, 64):
+        run = Pretraining('v5', store, tmp/f'v5-{batch}', sizes=S5, cpu=True, epochs=1000, batch_size=batch); k = max(1, 64//batch)
+        kw = dict(dim=96, layers=2, heads=4, ff=192, ddim=32, dlayers=1, dheads=4) if a.tiny else {}
+        plain = PlainV5(**kw).train(); po = adamw(plain); vit, vit_loss = vitmae(**kw); vit.train(); vo = adamw(vit); each = h5py.File(tmp/'each.h5', 'r'); cache = run.task.data
+        def plain_step():
+            idx = rng.choice(run.train_idx, batch, replace=False); x = torch.zeros(batch, 1502, D); L = torch.as_tensor(lengths[idx])
+            for r, i in zip(x, idx): r[:lengths[i]] = (torch.from_numpy(each[ids[i]][:]).float() - mean)/std
+            update(plain, po, plain(x, L))
+        def vit_step(): update(vit, vo, vit_loss(cache.__getitems__(rng.choice(run.train_idx, batch, replace=False))['patches']))
+        ours = stepper(run, k); got = in_turn(dict(ours=ours, plain=plain_step, vitmae=vit_step))
+        L = torch.cat(ours.lengths[k:]).numpy() if len(ours.lengths) > k else lengths; n = -(-L//32); vis = n - np.maximum(1, np.floor(.75*n)) + 1     # tokens of the encoder, with CLS
+        m = run.model; per = lambda mod: sum(q.numel() for q in mod.parameters() if q.ndim > 1)
+        flops = 6*(vis.mean()*per(m.encoder.encoder) + (vis.mean() - 1)*count(m.encoder.patch_embed) + (n.mean() + 1)*(per(m.decoder) + count(m.head)) + vis.mean()*count(m.decoder_embed))      # of matrices, per protein; attention's own products are under 1 % of it
+        share = flops*batch*k/got[0]['ours']/1e9/gflops
+        for peer, goal in (('plain', 6), ('vitmae', 1.8)): row(f'v5 {peer} {batch}', 'proteins/s', dict(ours=batch*k, plain=batch, vitmae=batch), got, peer, goal, batch=batch, share=share, gflop_per_protein=flops/1e9, peer_parameters=count(dict(plain=plain, vitmae=vit)[peer]), our_parameters=run.n_params)
+        each.close(); del run, plain, po, vit, vo
+
+# --- V2
+class PlainV2(nn.Module):
+    def __init__(self, dim=512, layers=4, heads=16, ff=2048):
+        super().__init__(); self.embed, self.compress_head = nn.Linear(D, dim), nn.Linear(dim, D); self.mask_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, dim)*.02), nn.Parameter(torch.randn(1, 1502, dim)*.02)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(dim, heads, ff, 0., batch_first=True), layers, enable_nested_tensor=False); self.decoder = nn.Sequential(nn.Linear(dim, ff), nn.GELU(), nn.Linear(ff, D))
+    def forward(self, x, L):
+        at = real_positions(L, x.shape[1]); mask = torch.rand(at.shape).masked_fill(~at, 2).argsort(1).argsort(1) < (L//2)[:, None]
+        h = self.encoder(torch.where(mask[..., None], self.mask_token, self.embed(x)) + self.pos_embed, src_key_padding_mask=~at)
+        return mae_loss(self.decoder(h), x, mask, self.compress_head((h*at[..., None]).sum(1)/L[:, None]), L)
+
+if 'v2' in a.rows:
+    batch = 4 if a.tiny else 32
+    run = Pretraining('v2', store, tmp/'v2', sizes=S2, cpu=True, epochs=1000, batch_size=batch); k = len(run.train_dl)      # a whole epoch: long and short batches as they come
+    plain = PlainV2(*((64, 1, 4, 128) if a.tiny else ())).train(); po = adamw(plain)
+    def plain_step():
+        idx = rng.choice(run.train_idx, batch, replace=False); x = torch.zeros(batch, 1502, D); L = torch.as_tensor(lengths[idx])
+        for r, i in zip(x, idx): r[:lengths[i]] = (torch.from_numpy(store[i]).float() - mean)/std
+        update(plain, po, plain(x, L))
+    ours = stepper(run, k); got = in_turn(dict(ours=ours, plain=plain_step), min(a.rounds, 3), 0)
+    tot = float(lengths[run.train_idx].sum()); E, ff, layers = run.model.embed.out_features, run.model.decoder[0].out_features, len(run.model.encoder.layers)
+    L = lengths[run.train_idx].astype(float); flops = 6*(tot*(D*E + layers*(4*E*E + 2*E*ff)) + tot/2*(E*ff + ff*D)) + 12*layers*E*(L**2).sum()*1.
+    row('v2 plain', 'residues/s', dict(ours=tot, plain=batch*tot/len(run.train_idx)), got, 'plain', 4.5, batch=batch, share=flops/got[0]['ours']/1e9/gflops)      # a padded batch costs the same whoever is in it: scaled by the mean length
+    del run, plain, po
+
+# --- the store
+if 'store' in a.rows:
+    B, many = 32, 20; draws = [rng.choice(N, B, replace=False) for _ in range(many)]; size = sum(int(lengths[d].sum()) for d in draws)*D*2
+    each = h5py.File(tmp/'each.h5', 'r'); mm = np.memmap(tmp/'flat.f16', 'f2', 'r', shape=flat.shape); keep = [None]*B
+    def ours():
+        for d in draws:
+            for j, i in enumerate(d): keep[j] = store[i]
+    def hdf():
+        for d in draws:
+            for j, i in enumerate(d): keep[j] = each[ids[i]][:]
+    def mapped():
+        for d in draws:
+            for j, i in enumerate(d): keep[j] = np.array(mm[offs[i]:offs[i + 1]])
+    got = in_turn(dict(ours=ours, hdf=hdf, memmap=mapped), 4*a.rounds)
+    for peer, goal in (('hdf', 5), ('memmap', .7)): row(f'store {peer}', 'GB/s', dict(ours=size/1e9, hdf=size/1e9, memmap=size/1e9), got, peer, goal, note='all in the page cache', share_of_copy=size/1e9/got[0]['ours']/(gbs/2))
+    each.close()
+
+# --- PPI with a frozen encoder
+if 'ppi' in a.rows:
+    ck = Pretraining('v5', store, tmp/'enc', sizes=S5, cpu=True, epochs=1); ck.save_weights(tmp/'enc'/'e.safetensors', dict(epoch=0, val_loss=0.))
+    m = 40*N; ia, ib = rng.integers(0, N, (2, m)); ok = ia < ib; pairs = Pairs(ids, ia[ok], ib[ok], rng.integers(0, 2, ok.sum()).astype('int8'))
+    run = PPITraining(tmp/'enc'/'e.safetensors', store, pairs, random_split(pairs), tmp/'ppi', cpu=True, epochs=1000, embed_dim=S5.get('embed_dim', 768), n_heads=4 if a.tiny else 8)
+    net, k, batch = run.model.net, 4, run.config['batch_size']; inputs = EncoderInputs(net, store, mean.numpy(), std.numpy()); small = 16
+    def naive():        # both proteins of every pair through the encoder, then the same head and step
+        i = rng.choice(run.split.train, small); x, L = inputs.encoded(net, np.concatenate([pairs.a[i], pairs.b[i]]).tolist()); j = torch.arange(small)
+        loss = F.binary_cross_entropy_with_logits(net.score(net.whiten(x), L, j, j + small), torch.as_tensor(pairs.label[i], dtype=torch.float32)); run.acc.backward(loss); run.opt.step(); run.opt.zero_grad()
+    def encode():       # what is paid once per store and checkpoint
+        with torch.no_grad(): inputs.encoded(net, list(range(0, N, max(1, N//32)))[:32])
+    got = in_turn(dict(ours=stepper(run, k), naive=naive, encode=encode)); once = got[0]['encode']/32
+    row('ppi', 'pairs/s', dict(ours=batch*k, naive=small), got, 'naive', 10, batch=batch, proteins_encoded_per_s=1/once,
+        epoch_of_yeast=dict(pairs=60_738, proteins=5_679, cached_s=60_738*got[0]['ours']/(batch*k), encode_once_s=5_679*once, both_every_time_s=60_738*got[0]['naive']/small, note='computed from the rates above'))
+
+out = Path(a.out); old = json.loads(out.read_text()).get('rows', {}) if out.exists() and set(a.rows) != {'limits', 'v5', 'v2', 'store', 'ppi'} else {}
+write_json(out, dict(command='python ' + ' '.join(sys.argv), synthetic=True, proteins=N, dim=D, tiny=a.tiny, limits=limits, rows=old | rows, provenance=provenance()))
+print(f'written to {out}')
