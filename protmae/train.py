@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'V2Task', 'V5Task', 'optimizer_for', 'warmup_cosine', 'stop_
            'Run', 'save_state', 'load_state', 'write_log', 'train_step', 'settle', 'fit', 'Pretraining', 'run_folder',
            'pretrain']
 
-# %% ../nbs/lib/15_train.ipynb #04d869c3
+# %% ../nbs/lib/15_train.ipynb #c053e7c2
 import hashlib, json, math, os, pickle, shutil, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from .batches import EpochSampler, PatchBatches, ResidueBatches, split_by_protein
+from .batches import EpochSampler, PatchBatches, ResidueBatches, Resident, on_device, split_by_protein
 from .checkpoint import build, save_model
 from .core import N_PATCHES, PATCH_SIZE, ProtmaeError, Progress, atomic, check_number, git_commit, is_headless, provenance, seed_for, write_json, _hms
 from .masking import keyed_noise, random_mask
@@ -125,7 +125,7 @@ def check_config(
     c['seed'] = check_number('seed', c['seed'], 0, integer=True)
     return c
 
-# %% ../nbs/lib/15_train.ipynb #0aa1179d
+# %% ../nbs/lib/15_train.ipynb #33a61c21
 class OwnPart(Dataset):
     "What one of several processes reads of each batch: every n-th protein."
     def __init__(self, data, process, n): self.data, self.process, self.n = data, process, n
@@ -187,8 +187,9 @@ class Run:
         self.resumed = load_state(self) if self.resume else False
     def loader(self, data, sampler):
         "Batches on the device: whole ones, or this process's part of each."
+        pin = torch.cuda.is_available() and not isinstance(data, Resident)
         if self.acc.num_processes > 1: data = OwnPart(data, self.acc.process_index, self.acc.num_processes)
-        load = DataLoader(data, batch_sampler=sampler, collate_fn=lambda b: b, pin_memory=torch.cuda.is_available())
+        load = DataLoader(data, batch_sampler=sampler, collate_fn=lambda b: b, pin_memory=pin)
         return prepare_data_loader(load, self.acc.device, num_processes=1, process_index=0, put_on_device=True)   # shared out already
     def overall(self,
         terms,    # pairs (mean, of how many values)
@@ -362,7 +363,7 @@ def _finish_epoch(run):
         left = (c['epochs'] - row['epoch'])*np.mean([r['seconds'] + r['val_seconds'] for r in run.history[-5:]])
         run.say(f"epoch {row['epoch']}/{c['epochs']}  train {row['train_loss']:.4f}  {run.line(row)}  ETA {_hms(left)}")
 
-# %% ../nbs/lib/15_train.ipynb #71d84f3a
+# %% ../nbs/lib/15_train.ipynb #d371a31b
 class Pretraining(Run):
     "One pretraining run: `TransformerMAE` or `MAEV5` on a store."
     def __init__(self,
@@ -373,6 +374,7 @@ class Pretraining(Run):
         sizes=None,   # arguments of the model's class, other than its defaults
         save_minutes=10., # between saves within an epoch
         cpu=False,    # do not use a GPU
+        compiled=False, # let torch.compile make the model's kernels (and CUDA graphs, on a GPU): for V5, whose shapes do not change
         **changes,    # of `config_v2` or `config_v5`
     ):
         c, task = make_config(arch, **changes), TASKS[arch]
@@ -386,8 +388,10 @@ class Pretraining(Run):
                  left_out_why=f'shorter than {task.min_len} residues: nothing to mask'), resume, save_minutes, cpu)
         self.mean, self.std = s.mean_std(self.train_idx)
         with self.acc.main_process_first(): self.task = task(s, self.mean, self.std, self.sizes)    # the first pools the patches, the others find them
-        self.start(model, self.task.data, EpochSampler(self.train_idx, c['batch_size'], self.task.bucket, c['seed']),
-                   self.task.data, EpochSampler(self.val_idx, c['batch_size'], s.lengths, shuffle=False))
+        data = on_device(self.task.data, self.acc.device, np.concatenate([self.train_idx, self.val_idx]))
+        if compiled: model.compile(mode='reduce-overhead' if self.acc.device.type == 'cuda' else None)
+        self.start(model, data, EpochSampler(self.train_idx, c['batch_size'], self.task.bucket, c['seed']),
+                   data, EpochSampler(self.val_idx, c['batch_size'], s.lengths, shuffle=False))
     def intro(self):
         note = f"{self.store.attrs['note']}\n" if self.store.attrs.get('note') else ''
         if self.store.pending: note += f"the store is not complete: {self.store.pending:,} planned proteins are missing from this run\n"

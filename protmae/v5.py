@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['config_v5', 'PatchEmbedding', 'mean_rows', 'MAEEncoder', 'real_patches', 'MAEV5', 'most_visible', 'mae_loss_v5']
 
-# %% ../nbs/lib/11_v5.ipynb #0a216f1b
+# %% ../nbs/lib/11_v5.ipynb #0155a0e2
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import DIM, MAX_LEN, N_PATCHES, ProtmaeError
 from .layers import Dense, Ragged, encoder, layout, run_encoder
-from .masking import mask_counts, random_mask
+from .masking import random_mask
 from .patches import n_patches, patch_bounds, patch_means
 from .v2 import check_input
 
@@ -115,7 +117,7 @@ def real_patches(
     "Which patches hold a residue."
     return torch.arange(N_PATCHES, device=lengths.device) < n_patches(lengths, patching)[:, None]
 
-# %% ../nbs/lib/11_v5.ipynb #fa6edf6f
+# %% ../nbs/lib/11_v5.ipynb #8effa3d5
 class MAEV5(nn.Module):
     "V5 pretraining: `encoder`, and a light decoder that is dropped afterwards."
     def __init__(self,
@@ -150,15 +152,14 @@ class MAEV5(nn.Module):
         r = layout(F.pad(real, (1, 0), value=True), static)
         full, e = t.new_zeros(r.shape[0]*r.shape[1], self.mask_token.shape[-1]) + self.mask_token[0].to(t.dtype), self.decoder_embed(t)
         if seen.real is not None: e = torch.where(seen.real, e, self.mask_token[0].to(e.dtype))
-        full = full.index_copy(0, seen.index, e.to(full.dtype))
+        full = torch.index_copy(full, 0, seen.index, e.to(full.dtype))
         t = full.view(*r.shape, -1) + self.decoder_pos
         t = self.head(run_encoder(self.decoder, r.pack(t), r))
         return r.unpack(t)[:, 1:], mask, pooled
 
 def most_visible(mask_ratio)->int:
     "The largest number of visible patches that any protein has at this ratio."
-    n = torch.arange(1, N_PATCHES + 1)
-    return int((n - mask_counts(n, mask_ratio, keep_both=True)).max())
+    return max(n - max(min(max(math.floor(n*mask_ratio + 1e-9), 1), n - 1), 0) for n in range(1, N_PATCHES + 1))      # as `mask_counts`, in plain numbers
 
 def mae_loss_v5(
     reconstruction: Tensor, # (B, 47, D)

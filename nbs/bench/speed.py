@@ -14,20 +14,20 @@ in the same run. Data are SYNTHETIC: lengths drawn from the yeast proteome's his
 | store | `EmbeddingStore`, a random batch of 32 proteins | one HDF5 dataset per protein; a bare numpy memmap |
 | ppi | an epoch of pairs from the token cache | both proteins of every pair through the frozen encoder, every time |
 """
-import argparse, json, math, statistics, sys, tempfile, time
+import argparse, json, statistics, sys, tempfile, time
 from pathlib import Path
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--rows', nargs='+', default=['limits', 'v5', 'v2', 'store', 'ppi']); p.add_argument('--rounds', type=int, default=3); p.add_argument('--threads', type=int)
-p.add_argument('--proteins', type=int, default=512); p.add_argument('--tiny', action='store_true', help='small models and stores: to see that it runs'); p.add_argument('--out', default='reports/bench/speed.json')
+p.add_argument('--proteins', type=int, default=256); p.add_argument('--tiny', action='store_true', help='small models and stores: to see that it runs'); p.add_argument('--out', default='reports/bench/speed.json')
 a = p.parse_args()
 
 import h5py, numpy as np, torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from memory import lengths_of, names
+from peers import PlainV2, PlainV5, adamw, count, flops_v2, flops_v5, update, vitmae
 from protmae.core import provenance, write_json
 from protmae.interaction import PPIClassifier
 from protmae.pairs import Pairs
@@ -37,8 +37,6 @@ from protmae.splits import random_split
 from protmae.store import EmbeddingStore, StoreWriter, create
 from protmae.tokens import EncoderInputs
 from protmae.train import Pretraining, train_step
-from protmae.v2 import mae_loss, real_positions
-from protmae.v5 import real_patches
 
 if a.threads: torch.set_num_threads(a.threads)
 tmp = Path(tempfile.mkdtemp()); rng = np.random.default_rng(0); torch.manual_seed(0)
@@ -72,9 +70,6 @@ def row(name, unit, amount, got, peer, goal, **more):
     ratio = statistics.median([(amount['ours']/o)/(amount[peer]/q) for o, q in zip(rounds['ours'], rounds[peer])])
     rows[name] = dict(unit=unit, ours=ours, peer=theirs, ratio=ratio, goal=goal, seconds=t, **more)
     print(f"{name:12} {unit:12} ours {ours:12,.1f}   peer {theirs:12,.1f}   ratio {ratio:6.2f} (goal {goal})" + (f"   share of the matmul limit {more['share']:.0%}" if more.get('share') else ''), flush=True)
-def adamw(m, lr=1e-4): return torch.optim.AdamW(m.parameters(), lr=lr, betas=(.9, .95), weight_decay=.05)      # as one writes it
-def update(m, opt, loss): loss.backward(); torch.nn.utils.clip_grad_norm_(m.parameters(), 1.); opt.step(); opt.zero_grad(); assert math.isfinite(loss.item())
-count = lambda m: sum(p.numel() for p in m.parameters())
 
 # --- the machine's limits
 n = 512 if a.tiny else 4096; x, y = torch.randn(n, n), torch.randn(n, n); big, to = torch.empty(2**20 if a.tiny else 2**28), torch.empty(2**20 if a.tiny else 2**28); big.fill_(1); to.fill_(1)
@@ -88,45 +83,14 @@ def stepper(run, k):
         for _ in range(k):
             try: b = next(it[0])
             except StopIteration: it[0] = iter(run.train_dl); b = next(it[0])
-            go.lengths.append(b['lengths'].clone()); train_step(run, b); run.step += 1
-    go.lengths = []
+            train_step(run, b); run.step += 1
     return go
 
 # --- V5
-class PlainV5(nn.Module):
-    "V5 as the description reads: residues projected and pooled, mask tokens, everything through the encoder."
-    def __init__(self, dim=768, layers=12, heads=12, ff=3072, ddim=256, dlayers=4, dheads=8):
-        super().__init__(); stack = lambda d, h, f, l: nn.TransformerEncoder(nn.TransformerEncoderLayer(d, h, f, 0., 'gelu', batch_first=True, norm_first=True), l, nn.LayerNorm(d), enable_nested_tensor=False)
-        self.embed, self.pos = nn.Linear(D, dim), nn.Parameter(torch.randn(1, 1502, dim)*.02); self.cls, self.mask = (nn.Parameter(torch.randn(1, 1, dim)*.02) for _ in range(2))
-        self.encoder, self.down, self.dpos = stack(dim, heads, ff, layers), nn.Linear(dim, ddim), nn.Parameter(torch.randn(1, 48, ddim)*.02)
-        self.decoder, self.head = stack(ddim, dheads, 4*ddim, dlayers), nn.Linear(ddim, D)
-    def forward(self, x, L):
-        B = len(x); real = torch.arange(47) < (-(-L//32))[:, None]; pad = torch.cat([torch.zeros(B, 1, dtype=torch.bool), ~real], 1); at = torch.arange(1502) < L[:, None]
-        pool = lambda v: F.pad(v*at[..., None], (0, 0, 0, 2)).view(B, 47, 32, -1).sum(2)/F.pad(at.float(), (0, 2)).view(B, 47, 32).sum(2).clamp(min=1)[..., None]
-        truth, t = pool(x), pool(self.embed(x) + self.pos)
-        mask = (torch.rand(B, 47).masked_fill(~real, 2).argsort(1).argsort(1) < (real.sum(1)*.75).long().clamp(min=1)[:, None])
-        t = torch.where(mask[..., None], self.mask, t)
-        t = self.encoder(torch.cat([self.cls.expand(B, -1, -1), t], 1), src_key_padding_mask=pad)
-        r = self.head(self.decoder(self.down(t) + self.dpos, src_key_padding_mask=pad))[:, 1:]
-        return F.mse_loss(r[mask], truth[mask])
-
-def vitmae(dim=768, layers=12, heads=12, ff=3072, ddim=256, dlayers=4, dheads=8):
-    "transformers' ViTMAE on 47 patches in a row: its square picture is replaced where it looks at the shape."
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    m = ViTMAEForPreTraining(ViTMAEConfig(hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ff, image_size=7, patch_size=1, num_channels=D, mask_ratio=.75,
-        decoder_hidden_size=ddim, decoder_num_hidden_layers=dlayers, decoder_num_attention_heads=dheads, decoder_intermediate_size=4*ddim))
-    e = m.vit.embeddings; e.patch_embeddings.image_size, e.patch_embeddings.num_patches, e.num_patches = (1, 47), 47, 47
-    e.position_embeddings, m.decoder.decoder_pos_embed = (nn.Parameter(torch.zeros(1, 48, d), requires_grad=False) for d in (dim, ddim))
-    m.decoder.decoder_pred = nn.Linear(ddim, D)
-    def loss(patches):
-        o = m.vit(patches.transpose(1, 2)[:, :, None]); r = m.decoder(o.last_hidden_state, o.ids_restore).logits
-        return (((r - patches)**2).mean(-1)*o.mask).sum()/o.mask.sum()
-    return m, loss
-
 if 'v5' in a.rows:
     for batch in (16, 64):
         run = Pretraining('v5', store, tmp/f'v5-{batch}', sizes=S5, cpu=True, epochs=1000, batch_size=batch); k = max(1, 64//batch)
-        kw = dict(dim=96, layers=2, heads=4, ff=192, ddim=32, dlayers=1, dheads=4) if a.tiny else {}
+        kw = dict(D=D) | dict(dim=96, layers=2, heads=4, ff=192, ddim=32, dlayers=1, dheads=4) if a.tiny else {}
         plain = PlainV5(**kw).train(); po = adamw(plain); vit, vit_loss = vitmae(**kw); vit.train(); vo = adamw(vit); each = h5py.File(tmp/'each.h5', 'r'); cache = run.task.data
         def plain_step():
             idx = rng.choice(run.train_idx, batch, replace=False); x = torch.zeros(batch, 1502, D); L = torch.as_tensor(lengths[idx])
@@ -134,34 +98,22 @@ if 'v5' in a.rows:
             update(plain, po, plain(x, L))
         def vit_step(): update(vit, vo, vit_loss(cache.__getitems__(rng.choice(run.train_idx, batch, replace=False))['patches']))
         ours = stepper(run, k); got = in_turn(dict(ours=ours, plain=plain_step, vitmae=vit_step))
-        L = torch.cat(ours.lengths[k:]).numpy() if len(ours.lengths) > k else lengths; n = -(-L//32); vis = n - np.maximum(1, np.floor(.75*n)) + 1     # tokens of the encoder, with CLS
-        m = run.model; per = lambda mod: sum(q.numel() for q in mod.parameters() if q.ndim > 1)
-        flops = 6*(vis.mean()*per(m.encoder.encoder) + (vis.mean() - 1)*count(m.encoder.patch_embed) + (n.mean() + 1)*(per(m.decoder) + count(m.head)) + vis.mean()*count(m.decoder_embed))      # of matrices, per protein; attention's own products are under 1 % of it
+        flops = flops_v5(run.model, lengths[run.train_idx])
         share = flops*batch*k/got[0]['ours']/1e9/gflops
         for peer, goal in (('plain', 6), ('vitmae', 1.8)): row(f'v5 {peer} {batch}', 'proteins/s', dict(ours=batch*k, plain=batch, vitmae=batch), got, peer, goal, batch=batch, share=share, gflop_per_protein=flops/1e9, peer_parameters=count(dict(plain=plain, vitmae=vit)[peer]), our_parameters=run.n_params)
         each.close(); del run, plain, po, vit, vo
 
 # --- V2
-class PlainV2(nn.Module):
-    def __init__(self, dim=512, layers=4, heads=16, ff=2048):
-        super().__init__(); self.embed, self.compress_head = nn.Linear(D, dim), nn.Linear(dim, D); self.mask_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, dim)*.02), nn.Parameter(torch.randn(1, 1502, dim)*.02)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(dim, heads, ff, 0., batch_first=True), layers, enable_nested_tensor=False); self.decoder = nn.Sequential(nn.Linear(dim, ff), nn.GELU(), nn.Linear(ff, D))
-    def forward(self, x, L):
-        at = real_positions(L, x.shape[1]); mask = torch.rand(at.shape).masked_fill(~at, 2).argsort(1).argsort(1) < (L//2)[:, None]
-        h = self.encoder(torch.where(mask[..., None], self.mask_token, self.embed(x)) + self.pos_embed, src_key_padding_mask=~at)
-        return mae_loss(self.decoder(h), x, mask, self.compress_head((h*at[..., None]).sum(1)/L[:, None]), L)
-
 if 'v2' in a.rows:
     batch = 4 if a.tiny else 32
     run = Pretraining('v2', store, tmp/'v2', sizes=S2, cpu=True, epochs=1000, batch_size=batch); k = len(run.train_dl)      # a whole epoch: long and short batches as they come
-    plain = PlainV2(*((64, 1, 4, 128) if a.tiny else ())).train(); po = adamw(plain)
+    plain = PlainV2(D, *((64, 1, 4, 128) if a.tiny else ())).train(); po = adamw(plain)
     def plain_step():
         idx = rng.choice(run.train_idx, batch, replace=False); x = torch.zeros(batch, 1502, D); L = torch.as_tensor(lengths[idx])
         for r, i in zip(x, idx): r[:lengths[i]] = (torch.from_numpy(store[i]).float() - mean)/std
         update(plain, po, plain(x, L))
     ours = stepper(run, k); got = in_turn(dict(ours=ours, plain=plain_step), min(a.rounds, 3), 0)
-    tot = float(lengths[run.train_idx].sum()); E, ff, layers = run.model.embed.out_features, run.model.decoder[0].out_features, len(run.model.encoder.layers)
-    L = lengths[run.train_idx].astype(float); flops = 6*(tot*(D*E + layers*(4*E*E + 2*E*ff)) + tot/2*(E*ff + ff*D)) + 12*layers*E*(L**2).sum()*1.
+    tot = float(lengths[run.train_idx].sum()); flops = flops_v2(run.model, lengths[run.train_idx])
     row('v2 plain', 'residues/s', dict(ours=tot, plain=batch*tot/len(run.train_idx)), got, 'plain', 4.5, batch=batch, share=flops/got[0]['ours']/1e9/gflops)      # a padded batch costs the same whoever is in it: scaled by the mean length
     del run, plain, po
 
