@@ -18,7 +18,7 @@ from .patches import patch_means
 from .v2 import TransformerMAE
 from .v5 import MAEEncoder, real_patches
 
-# %% ../nbs/lib/20_interaction.ipynb #4cb6c2bd
+# %% ../nbs/lib/20_interaction.ipynb #6ca91d2a
 class V2ToV5Adapter(nn.Module):
     "V2 tokens as V5 tokens: 32-residue means, Linear, CLS, positions."
     def __init__(self,
@@ -39,8 +39,13 @@ class V2ToV5Adapter(nn.Module):
     )->Tensor:           # (B, 48, 768); 0 where a protein has no patch
         "CLS and patch tokens."
         if pooled is None: pooled = patch_means(tokens, lengths, self.patching)
-        x = torch.cat([self.cls_token.expand(len(pooled), -1, -1), self.proj(pooled)], 1) + self.pos_embed
-        return x*token_mask(lengths, self.patching)[..., None]
+        B, N, E = len(pooled), N_PATCHES + 1, self.pos_embed.shape[-1]; mask = token_mask(lengths, self.patching)
+        if pooled.is_cuda: return (torch.cat([self.cls_token.expand(B, -1, -1), self.proj(pooled)], 1) + self.pos_embed)*mask[..., None]
+        at = mask[:, 1:].flatten().nonzero()[:, 0]; row, place = at//N_PATCHES, at % N_PATCHES + 1               # real patches only: a third of the places
+        t = self.proj(pooled.flatten(0, 1).index_select(0, at)) + self.pos_embed[0].index_select(0, place)
+        out = t.new_zeros(B*N, E).index_copy(0, row*N + place, t)
+        cls = (self.cls_token[0] + self.pos_embed[0, :1]).expand(B, -1)
+        return out.index_copy(0, N*torch.arange(B), cls.to(out.dtype)).view(B, N, E)
 
 def token_mask(
     lengths: Tensor, # (B,)
@@ -49,7 +54,7 @@ def token_mask(
     "Which of the 48 tokens are real."
     return F.pad(real_patches(lengths, patching), (1, 0), value=True)
 
-# %% ../nbs/lib/20_interaction.ipynb #5d253aab
+# %% ../nbs/lib/20_interaction.ipynb #3feec1a8
 class _CrossLayer(nn.Module):
     def __init__(self, d, heads, ff, dropout):
         super().__init__()
@@ -79,10 +84,14 @@ class _Sides:
         if x.is_cuda or len(steps) == 1: self.groups, self.back = [(None, x.index_select(0, idx), mask.index_select(0, idx))], None; return
         width = (mask*torch.arange(1, mask.shape[1] + 1)).amax(1)
         kind = torch.bucketize(width, torch.tensor(steps))[idx]
-        self.groups, order = [], []
+        T, order, places = x.shape[1], [], []
         for k, w in enumerate(steps):
             rows = (kind == k).nonzero()[:, 0]
-            if len(rows): order.append(rows); i = idx[rows]; self.groups.append((rows, x[:, :w].index_select(0, i), mask[:, :w].index_select(0, i)))
+            if len(rows): order.append((rows, w)); places.append((idx[rows][:, None]*T + torch.arange(w)).flatten())
+        places = torch.cat(places); sizes = [len(r)*w for r, w in order]                                        # one gather for all groups, so one scatter behind it
+        rows_of = lambda v: v.flatten(0, 1).index_select(0, places).split(sizes)
+        self.groups = [(r, u.view(len(r), w, -1), m.view(len(r), w)) for (r, w), u, m in zip(order, rows_of(x), rows_of(mask))]
+        order = [r for r, _ in order]
         self.back = torch.cat(order).argsort()
     def each(self, f): # f(rows, x, mask) -> tensors with a row for each side; in the order of the sides again
         out = [f(*g) for g in self.groups]
