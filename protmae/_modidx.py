@@ -431,4 +431,7 @@ d = { 'settings': { 'branch': 'main',
                             'protmae.v5.PatchEmbedding.forward': ('lib/v5.html#patchembedding.forward', 'protmae/v5.py'),
                             'protmae.v5.mae_loss_v5': ('lib/v5.html#mae_loss_v5', 'protmae/v5.py'),
                             'protmae.v5.mean_rows': ('lib/v5.html#mean_rows', 'protmae/v5.py'),
-                            'protmae.v5.real_patches': ('lib/v5.html#real_patches', 'protmae/v5.py')}}}
+                            'protmae.v5.real_patches': ('lib/v5.html#real_patches', 'protmae/v5.py')},
+            'protmae.vectors': { 'protmae.vectors._cached': ('lib/vectors.html#_cached', 'protmae/vectors.py'),
+                                 'protmae.vectors._encode': ('lib/vectors.html#_encode', 'protmae/vectors.py'),
+                                 'protmae.vectors.protein_vectors': ('lib/vectors.html#protein_vectors', 'protmae/vectors.py')}}}
