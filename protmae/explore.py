@@ -78,7 +78,7 @@ def masked_error(
     "How wrong, in two numbers."
     return {k: float(e[l['mask']].mean()) if l['mask'].any() else math.nan for k, e in l['error'].items()}
 
-# %% ../nbs/lib/18_explore.ipynb #b68134d4
+# %% ../nbs/lib/18_explore.ipynb #5c4d36c0
 GREY, SHOWN, HIDDEN = '#9a9a9a', OKABE_ITO[5], '#4d4d4d'
 
 def top_dims(
@@ -108,15 +108,15 @@ def _model_data(l, d):
     out = dict(rebuilt=dict(z=_plain(np.where(m[:, None], l['model'], truth)[:, d].T)), residual=dict(z=_plain(np.where(m[:, None], l['model'] - truth, np.nan)[:, d].T)))
     out |= {k: dict(x=at[m], y=_plain(l['error'][k][m])) for k in ('model', 'interpolation')}
     if l['attention'] is not None:
-        w = l['attention'].mean(1).numpy(); out['attention'] = dict(z=_plain(w[:, 1:]))
+        w = l['attention'].mean(1).numpy(); out['attention'] = dict(z=_plain(w[:, 1:]), zmin=0., zmax=float(np.nanmax(w[:, 1:], initial=1e-6)))
     return out
 
 def _protein_data(p, d):
     "The arrays that change with the protein."
     x, edges, L = p['x'][0], _edges(p), p['x'].shape[1]
     letters = np.array(list(p['sequence'].ljust(L)), object)
-    out = dict(embedding=dict(z=_plain(x[:, d].T), x=np.arange(L) + 1, y=[str(o) for o in d], customdata=np.broadcast_to(letters, (len(d), L))), cover=dict(x=edges), positions=dict(x=edges))
-    for k in ('rebuilt', 'residual'): out[k] = dict(x=edges, y=[str(o) for o in d])
+    out = dict(embedding=dict(z=_plain(x[:, d].T), x=np.arange(L) + 1, customdata=np.broadcast_to(letters, (len(d), L))), cover=dict(x=edges), positions=dict(x=edges))
+    for k in ('rebuilt', 'residual'): out[k] = dict(x=edges)
     return out | (dict(attention=dict(x=edges)) if p['arch'] == 'v5' else {})
 
 def _title(l):
@@ -151,18 +151,19 @@ def explore_figure(
     for k, name in enumerate(('model', 'interpolation')):
         add(5, name, go.Scatter, mode='lines+markers' if v5 else 'lines', line=dict(color=OKABE_ITO[k], dash=DASHES[2*k], width=1.5), marker=dict(size=6, symbol=['circle', 'diamond'][k]), hovertemplate='residue ' + patch + ': %{y:.3f}')
     dom = [fig.layout[f"yaxis{'' if k == 0 else k + 1}"].domain for k in range(len(titles))]
-    if v5: add(6, 'attention', colorscale='Cividis', zmin=0, y=[f'layer {k + 1}' for k in range(len(l['attention']))], hovertemplate='%{y}, residue ' + patch + ': %{z:.3f}<extra></extra>',
+    if v5: add(6, 'attention', colorscale='Cividis', y=np.arange(len(l['attention'])) + 1, hovertemplate='layer %{y}, residue ' + patch + ': %{z:.3f}<extra></extra>',
                colorbar=dict(title=dict(text='weight', side='right'), thickness=12, len=(dom[5][1] - dom[5][0])*1.05, y=sum(dom[5])/2, x=1.01))
-    fig.update_yaxes(showticklabels=False); fig.update_yaxes(title_text='dimension', row=1); fig.update_yaxes(title_text='dimension', row=3); fig.update_yaxes(title_text='dimension', row=4)
-    fig.update_yaxes(showticklabels=True, title_text='squared error<br>(variances)', rangemode='tozero', row=5)
-    if v5: fig.update_yaxes(title_text='layer', row=6)
+    fig.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
+    for row in (1, 3, 4): fig.update_yaxes(title_text='dimension', tickvals=np.arange(len(d)), ticktext=[str(o) for o in d], row=row)
+    fig.update_yaxes(showticklabels=True, showgrid=True, title_text='squared error<br>(variances)', rangemode='tozero', row=5)
+    if v5: fig.update_yaxes(showticklabels=True, title_text='layer', tickvals=[1, len(l['attention'])], row=6)
     fig.update_xaxes(showgrid=False, range=[.5, p['x'].shape[1] + .5]); fig.update_xaxes(title_text='residue', row=len(titles))
     fig.update_layout(template='plotly_white', height=940 if v5 else 820, margin=dict(t=90, b=50, l=70, r=90), title=dict(text=_title(l), x=0, xref='paper', xanchor='left'),
         coloraxis=dict(colorscale='RdBu_r', cmin=-top, cmax=top, colorbar=dict(title=dict(text='standard deviations', side='right'), thickness=12, len=.4, y=(dom[0][1] + dom[3][0])/2, x=1.01)),
         legend=dict(orientation='h', x=1, xanchor='right', y=dom[4][1], yanchor='bottom', font_size=12))
     return fig
 
-# %% ../nbs/lib/18_explore.ipynb #6d4f74e6
+# %% ../nbs/lib/18_explore.ipynb #c54204f0
 def update_figure(
     fig,           # from `explore_figure`
     l,             # from `look`, of the same kind of model
@@ -180,6 +181,7 @@ def update_figure(
             for k, v in part.items(): traces[k].update(v)
         if protein:
             top = float(np.quantile(np.abs(p['x'][0][:, d].numpy()), .98)) or 1.
+            for row in (1, 3, 4): fig.update_yaxes(ticktext=[str(o) for o in d], row=row)
             fig.layout.coloraxis.update(cmin=-top, cmax=top); fig.update_xaxes(range=[.5, p['x'].shape[1] + .5])
         if not mask_only: fig.layout.title.text = _title(l)
 
