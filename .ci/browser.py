@@ -1,0 +1,146 @@
+"""A real browser on real pages: JupyterLab runs 01_explore_masking and its slider is moved; HTML pages open with the network cut.
+
+python .ci/browser.py CHECKOUT    (it runs notebooks there, so .ci/test.py gives it a copy)
+Prints a line per test; exit status 1 if one failed, 75 if there is no browser to test with."""
+import os, secrets, shutil, socket, subprocess, sys, tempfile, time
+from pathlib import Path
+
+root = Path(sys.argv[1] if len(sys.argv) > 1 else '.').resolve(); nbs = root/'nbs'
+bin, keep = Path(sys.executable).parent, os.environ.get('BROWSER_SHOTS')   # a folder to keep screenshots in
+NAMES = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
+
+def skip(why): print(f'SKIPPED the browser tests: {why}'); sys.exit(75)
+
+def browser():
+    "Path of a Chromium; in CI it is installed where that is possible."
+    find = lambda: next((p for n in NAMES if (p := shutil.which(n))), None)
+    if find() or os.environ.get('BROWSER_INSTALL') != '1': return find() or skip(f"no {' or '.join(NAMES[:3])} on this machine (Debian: apt-get install chromium)")
+    if os.geteuid() or not shutil.which('apt-get'): skip('no Chromium on this machine, and it takes root and apt-get to install one')
+    for c in (['apt-get', 'update', '-q'], ['apt-get', 'install', '-yq', '--no-install-recommends', 'chromium']):
+        r = subprocess.run(c, capture_output=True, text=True, env=os.environ | dict(DEBIAN_FRONTEND='noninteractive'))
+        if r.returncode: skip(f"{' '.join(c)} failed: {(r.stderr or r.stdout).strip().splitlines()[-1:]}")
+    return find() or skip('apt-get installed chromium, but none is found')
+
+try: from playwright.sync_api import sync_playwright
+except ImportError: skip('the Python package playwright is missing (pip install playwright)')
+
+def until(what, test, seconds=60):
+    "Wait for `test()` to be true."
+    end = time.monotonic() + seconds
+    while not (got := test()):
+        if time.monotonic() > end: raise AssertionError(f'waited {seconds} s for {what}')
+        time.sleep(.2)
+    return got
+
+# ---- JupyterLab
+
+def lab(tmp):
+    "JupyterLab on 127.0.0.1, with settings of its own; returns the process and its address."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    token, settings = secrets.token_hex(16), tmp/'settings'/'@jupyterlab'/'notebook-extension'; settings.mkdir(parents=True)
+    (settings/'tracker.jupyterlab-settings').write_text('{"windowingMode": "none"}')            # every cell in the page, seen or not
+    (other := tmp/'settings'/'@jupyterlab'/'apputils-extension').mkdir(); (other/'notification.jupyterlab-settings').write_text('{"fetchNews": "false"}')
+    env = os.environ | dict(JUPYTER_TOKEN=token, JUPYTERLAB_SETTINGS_DIR=str(tmp/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(tmp/'ws'), JUPYTER_CONFIG_DIR=str(tmp/'config'), JUPYTER_RUNTIME_DIR=str(tmp/'run'),
+        PYTHONPATH=str(root), PATH=f'{bin}:{os.environ["PATH"]}')
+    env.pop('IN_TEST', None)
+    log = open(tmp/'lab.log', 'w')
+    p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={nbs}'], env=env, stdout=log, stderr=log)
+    def up():
+        if p.poll() is not None: raise AssertionError(f'JupyterLab ended: {(tmp/"lab.log").read_text()[-2000:]}')
+        with socket.socket() as s: return s.connect_ex(('127.0.0.1', port)) == 0
+    until('JupyterLab', up); return p, f'http://127.0.0.1:{port}', token
+
+DRAWN = '''() => [...document.querySelectorAll('.js-plotly-plot')].map(g => {
+  const box = g.getBoundingClientRect(), svg = g.querySelector('.main-svg')?.getBoundingClientRect();
+  const ink = c => { const d = document.createElement('canvas'); d.width = c.width; d.height = c.height; if (!c.width || !c.height) return 0;
+    const x = d.getContext('2d'); x.drawImage(c, 0, 0); return x.getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 3 && v > 0).length; };
+  return {width: box.width, height: box.height, svg: !!svg && svg.width > 100 && svg.height > 100, gl: g.data.some(t => t.type == 'scattergl'),
+    marks: g.querySelectorAll('.heatmaplayer image, .scatterlayer path, .barlayer path, .histogram path').length, ink: [...g.querySelectorAll('canvas')].reduce((s, c) => s + ink(c), 0)}; })'''
+
+def check_drawn(page, where):
+    "Every plot of a page has a size and something drawn in it."
+    got = page.evaluate(DRAWN); assert got, f'{where}: no plot'
+    for k, g in enumerate(got): assert g['svg'] and g['width'] > 100 and g['height'] > 100 and (g['ink'] > 50 if g['gl'] else g['marks'] > 0), f'{where}: plot {k + 1} is not drawn: {g}'
+    return len(got)
+
+def shot(page, name):
+    if keep: Path(keep).mkdir(parents=True, exist_ok=True); page.screenshot(path=str(Path(keep)/f'{name}.png'))
+
+def explore(b, tmp):
+    "01_explore_masking in JupyterLab: run all, no error, move the slider, the figure changes."
+    server, url, token = lab(tmp)
+    try:
+        page = b.new_page(viewport=dict(width=1400, height=1500))
+        page.goto(f'{url}/lab/tree/01_explore_masking.ipynb?reset&token={token}'); page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=120_000)
+        def started():                                        # the menu does nothing until the kernel listens
+            page.locator('.lm-MenuBar-itemLabel', has_text='Run').first.click(); page.locator('.lm-Menu-itemLabel', has_text='Run All Cells').first.click(); time.sleep(5)
+            return any(p.strip() not in ('', '[ ]:') for p in page.locator('.jp-InputPrompt').all_inner_texts())
+        until('the kernel', started, 120)
+        errors = lambda: page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts() + [t for t in page.locator('.jp-OutputArea-output').all_inner_texts() if any(w in t for w in ('Error displaying widget', 'Error creating widget', 'not JSON compliant', 'Traceback'))]
+        def ready():
+            assert not errors(), f'error in the notebook: {errors()[0][-1500:]}'
+            return page.locator('.widget-slider .noUi-handle').count() and page.locator('.jupyter-widgets .js-plotly-plot .gtitle').count()
+        until('the sliders', ready, 300)
+        n = check_drawn(page, '01_explore_masking'); assert n >= 5, f'{n} figures, expected 2 static ones for each of two models, and the one with sliders'
+        fig = page.locator('.jupyter-widgets .js-plotly-plot').last; fig.scroll_into_view_if_needed()
+        state = lambda: (fig.locator('.gtitle').text_content(), fig.locator('.heatmaplayer image').evaluate_all('xs => xs.map(x => x.getAttribute("href") || x.getAttribute("xlink:href")).join()'))
+        before = state(); shot(page, 'explore_before')
+        page.locator('.widget-slider .noUi-handle').first.focus()
+        for _ in range(4): page.keyboard.press('ArrowLeft')
+        until('the figure to change with the slider', lambda: state()[0] != before[0] and state()[1] != before[1], 60)
+        time.sleep(1); shot(page, 'explore_after')
+        assert not errors(), errors()[0][-1500:]; check_drawn(page, '01_explore_masking, slider moved')
+        page.close()
+    except Exception: shot(page, 'explore_failed') if 'page' in locals() else None; raise
+    finally: server.terminate(); server.wait(30)
+
+# ---- pages without a network
+
+def offline(b, path):
+    "Open a page with the network cut; every plot is drawn, nothing fails, nothing was asked of the network."
+    context = b.new_context(viewport=dict(width=1300, height=900)); context.set_offline(True)
+    page, wrong = context.new_page(), []
+    page.on('pageerror', lambda e: wrong.append(f'error: {e}')); page.on('request', lambda r: wrong.append(f'asked for {r.url[:100]}') if not r.url.startswith(('file:', 'data:', 'blob:')) else None)
+    page.goto(path.as_uri()); page.wait_for_selector('.js-plotly-plot .main-svg'); time.sleep(1.5)
+    check_drawn(page, path.name); shot(page, path.stem); assert not wrong, f'{path.name}: {wrong[:3]}'
+    return page
+
+def umap(b, path):
+    "The same, and without Python: a selection in one map shows in all, and the colour menu works."
+    page = offline(b, path); chosen = lambda: page.evaluate("document.getElementById('maps').data.map(t => t.selectedpoints && [...t.selectedpoints].join())")
+    box = page.locator('.nsewdrag').first.bounding_box(); x, y, w, h = (box[k] for k in ('x', 'y', 'width', 'height'))
+    page.mouse.move(x + .1*w, y + .1*h); page.mouse.down()            # away from the corners, which have handles
+    for u, v in ((.6, .1), (.6, .9), (.1, .9), (.1, .12)): page.mouse.move(x + u*w, y + v*h, steps=6)
+    page.mouse.up(); until('a selection', lambda: int(page.locator('#count').inner_text()) > 0, 20)
+    got = chosen(); assert got[0] and len(set(got)) == 1, f'selected points differ between maps: {[g and g[:40] for g in got]}'
+    n = int(page.locator('#count').inner_text()); assert n == len(got[0].split(',')) == len(page.locator('#chosen').input_value().splitlines()); shot(page, f'{path.stem}_selected')
+    colours = lambda: page.evaluate("JSON.stringify([document.getElementById('maps').layout.coloraxis.colorbar.title.text, [...document.getElementById('maps').data[0].marker.color].slice(0, 50)])")
+    if page.locator('.updatemenu-header').count():
+        before = colours(); page.locator('.updatemenu-header').first.click(); page.wait_for_selector('.updatemenu-dropdown-button'); page.locator('.updatemenu-dropdown-button').first.click()
+        until('other colours', lambda: colours() != before, 20); shot(page, f'{path.stem}_coloured')
+
+def main():
+    exe, failed, ran = browser(), 0, 0
+    table, made = root/'data'/'browser.tsv', root/'data'/'browser-umap.html'
+    with tempfile.TemporaryDirectory() as tmp, sync_playwright() as pw:
+        try: b = pw.chromium.launch(executable_path=exe, args=['--no-sandbox', '--disable-dev-shm-usage', '--use-angle=swiftshader', '--enable-unsafe-swiftshader', '--disable-background-networking'])
+        except Exception as e: skip(f'{exe} does not start: {str(e).strip().splitlines()[0]}')
+        print(f'{exe} {b.version}', flush=True)
+        def umap_page():
+            from protmae.demo import open_store
+            s = open_store(root/'data'/'demo.h5'); table.write_text('id\tgroup\n' + ''.join(f'{p}\t<b>{"even" if k % 2 else "odd"}</b>\n' for k, p in enumerate(s.ids)))
+            r = subprocess.run([sys.executable, '-m', 'papermill', '06_umap.ipynb', '../data/06.out.ipynb', '--cwd', '.', '-p', 'page', f'../data/{made.name}', '-p', 'annotations', f'../data/{table.name}'],
+                cwd=nbs, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root), PATH=f'{bin}:{os.environ["PATH"]}'))
+            assert not r.returncode, f'06_umap.ipynb failed: {r.stderr[-2000:]}'
+            umap(b, made)
+        tests = {'JupyterLab: 01_explore_masking, slider': lambda: explore(b, Path(tmp)), '06_umap by papermill, its page offline: linked selection, colours': umap_page}
+        tests |= {f'{p.relative_to(root)} offline': lambda p=p: offline(b, p) for p in sorted((root/'reports').rglob('*.html'))}
+        for name, test in tests.items():
+            t = time.perf_counter(); ran += 1
+            try: test(); print(f'passed  {name}  ({time.perf_counter() - t:.0f} s)', flush=True)
+            except Exception as e: failed += 1; print(f'FAILED  {name}\n{type(e).__name__}: {e}', flush=True)
+        b.close()
+    print(f'browser: {ran - failed} passed, {failed} failed')
+    sys.exit(1 if failed else 0)
+
+if __name__ == '__main__': sys.path.insert(0, str(root)); main()
