@@ -72,10 +72,12 @@ def explore(b, tmp):
     try:
         page = b.new_page(viewport=dict(width=1400, height=1500))
         page.goto(f'{url}/lab/tree/01_explore_masking.ipynb?reset&token={token}'); page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=120_000)
-        def started():                                        # the menu does nothing until the kernel listens
+        until('the kernel', lambda: '| Idle' in page.locator('#jp-main-statusbar').inner_text(), 120); time.sleep(2)
+        def started():                                        # asked too early, JupyterLab does nothing, or asks which kernel
+            if (ask := page.locator('.jp-Dialog .jp-mod-accept')).count(): ask.first.click(); time.sleep(2)
             page.locator('.lm-MenuBar-itemLabel', has_text='Run').first.click(); page.locator('.lm-Menu-itemLabel', has_text='Run All Cells').first.click(); time.sleep(5)
             return any(p.strip() not in ('', '[ ]:') for p in page.locator('.jp-InputPrompt').all_inner_texts())
-        until('the kernel', started, 120)
+        until('the first cell', started, 120)
         errors = lambda: page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts() + [t for t in page.locator('.jp-OutputArea-output').all_inner_texts() if any(w in t for w in ('Error displaying widget', 'Error creating widget', 'not JSON compliant', 'Traceback'))]
         def ready():
             assert not errors(), f'error in the notebook: {errors()[0][-1500:]}'
@@ -114,7 +116,7 @@ def umap(b, path):
     page.mouse.up(); until('a selection', lambda: int(page.locator('#count').inner_text()) > 0, 20)
     got = chosen(); assert got[0] and len(set(got)) == 1, f'selected points differ between maps: {[g and g[:40] for g in got]}'
     n = int(page.locator('#count').inner_text()); assert n == len(got[0].split(',')) == len(page.locator('#chosen').input_value().splitlines()); shot(page, f'{path.stem}_selected')
-    colours = lambda: page.evaluate("JSON.stringify([document.getElementById('maps').layout.coloraxis.colorbar.title.text, [...document.getElementById('maps').data[0].marker.color].slice(0, 50)])")
+    colours = lambda: page.evaluate("JSON.stringify([document.getElementById('maps').layout.coloraxis.colorbar.title.text, document.getElementById('maps').data[0].marker.color])")
     if page.locator('.updatemenu-header').count():
         before = colours(); page.locator('.updatemenu-header').first.click(); page.wait_for_selector('.updatemenu-dropdown-button'); page.locator('.updatemenu-dropdown-button').first.click()
         until('other colours', lambda: colours() != before, 20); shot(page, f'{path.stem}_coloured')
