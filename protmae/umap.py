@@ -113,7 +113,7 @@ def map_numbers(
                 agreement_vectors=knn_agreement(x, y), agreement_map=knn_agreement(maps[name], y), silhouette_vectors=_silhouette(x[pick], y[pick], seed), silhouette_map=_silhouette(maps[name][pick], y[pick], seed)))
     return out
 
-# %% ../nbs/lib/19_umap.ipynb #87312c51
+# %% ../nbs/lib/19_umap.ipynb #5280d2aa
 REST = '#bbbbbb'
 
 def _colours(column):
@@ -146,7 +146,7 @@ def umap_figure(
     fig.update_xaxes(showticklabels=False, zeroline=False, title_text='UMAP 1'); fig.update_yaxes(showticklabels=False, zeroline=False); fig.update_yaxes(title_text='UMAP 2', col=1)
     plain = lambda axis: {'coloraxis.' + k: v for k, v in axis.items() if k != 'colorbar'} | {f'coloraxis.colorbar.{k}': v for k, v in axis['colorbar'].items()}
     buttons = [dict(label=str(c), method='update', args=[{'marker.color': [v.tolist()]*len(maps)}, plain(axis)]) for c, (v, axis) in values.items()]
-    fig.update_layout(template='plotly_white', autosize=True, height=520, margin=dict(t=90, b=40, l=40, r=10), dragmode='lasso', showlegend=False, coloraxis=values[colour][1],
+    fig.update_layout(template='plotly_white', autosize=True, height=520 if len(columns) > 1 else 460, margin=dict(t=90 if len(columns) > 1 else 30, b=40, l=40, r=10), dragmode='lasso', showlegend=False, coloraxis=values[colour][1],
         updatemenus=[dict(buttons=buttons, active=columns.index(colour), x=0, xanchor='left', y=1.12, yanchor='bottom', pad=dict(l=70))] if len(columns) > 1 else [],
         annotations=[*fig.layout.annotations, dict(text='colour by', x=0, y=1.17, xref='paper', yref='paper', showarrow=False, xanchor='left', yanchor='middle')] if len(columns) > 1 else fig.layout.annotations)
     return fig
@@ -165,7 +165,7 @@ def linked(
     for t in w.data: t.on_selection(pick); t.on_deselect(drop)
     return w
 
-# %% ../nbs/lib/19_umap.ipynb #e8cdd7fa
+# %% ../nbs/lib/19_umap.ipynb #afd40f20
 _LINK = '''const g = document.getElementById('{plot_id}'), all = [...g.data.keys()];
 const list = s => { document.getElementById('chosen').value = s.map(i => IDS[i]).join('\\n'); document.getElementById('count').textContent = s.length; };
 let busy = false;    // changing the figure sends the same events as drawing does
@@ -188,7 +188,7 @@ def umap_page(
     plot = fig.to_html(full_html=False, include_plotlyjs=True, div_id='maps', post_script=_LINK.replace('IDS', ids),
                        config=dict(responsive=True, displaylogo=False, toImageButtonOptions=dict(format='png', scale=2, filename='umap')))
     page(path, title, [*(f'<p>{html.escape(r)}</p>' for r in remarks), '<p>Draw around points (lasso or box) in one map to find them in the others; double-click to let go. The camera saves a PNG.</p>', plot,
-        '<p><label><span id=count>0</span> proteins chosen<br><textarea id=chosen rows=5 cols=40 readonly></textarea></label></p>', '<h2>How far to trust it</h2>', table(rows)])
+        '<p><label><span id=count>0</span> proteins chosen<br><textarea id=chosen rows=5 cols=40 readonly></textarea></label></p>', '<h2>How far to trust it</h2>', table([{k.replace('_', ' '): v for k, v in r.items()} for r in rows])])
 
 def save_png(
     path,      # .png to write
