@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import ProtmaeError
 
-# %% ../nbs/lib/40_cli.ipynb #72cc4dcf
+# %% ../nbs/lib/40_cli.ipynb #ddcb2041
 def _embed(a):
     from protmae.embed import embed_fasta
     if a.pca_ids and not Path(a.pca_ids).is_file(): raise ProtmaeError(f"there is no file {a.pca_ids}; expected ids separated by white space")
@@ -72,11 +72,17 @@ def _fetch(a):
         for k, d in REGISTRY.items(): print(f'{k:15} {d.licence}; {d.citation}')
 
 def _report(a):
-    from protmae.report import pretrain_report
-    pretrain_report(a.runs, a.out, a.title, a.command or (), a.remark or ())
+    tested = [(Path(r)/'test.json').exists() for r in a.runs]
+    if any(tested) and not all(tested): raise ProtmaeError(f"{a.runs[tested.index(False)]} is no tested PPI run, and {a.runs[tested.index(True)]} is one; make a page of each kind")
+    if all(tested):
+        from protmae.ppi_report import ppi_report
+        ppi_report(a.runs, a.out, a.title or 'Protein-protein interactions', a.remark or ())
+    else:
+        from protmae.report import pretrain_report
+        pretrain_report(a.runs, a.out, a.title or 'Pretraining', a.command or (), a.remark or ())
     print(f"{a.out} and {Path(a.out).with_suffix('.json')}")
 
-# %% ../nbs/lib/40_cli.ipynb #e630ef26
+# %% ../nbs/lib/40_cli.ipynb #9f56b0b0
 def parser()->argparse.ArgumentParser:
     "Every command and its options."
     p = argparse.ArgumentParser('protmae', description='Masked autoencoders over protein-language-model embeddings')
@@ -107,9 +113,9 @@ def parser()->argparse.ArgumentParser:
     c = command('demo', _demo, 'make a synthetic store and pair table'); c.add_argument('store'); c.add_argument('-n', type=int, default=256, help='proteins (default 256)')
     c = command('fetch', _fetch, 'download a published set of interactions; run it again to go on after a cut')
     c.add_argument('name', nargs='?', help='which; without it the known sets are listed'); c.add_argument('--data', default='data', help='folder to put it in (default data)')
-    c = command('report', _report, 'one HTML page and JSON about pretraining runs')
-    c.add_argument('runs', nargs='+', help='folders of runs, such as data/runs/v5-demo-3epochs-1a2b3c'); c.add_argument('out', help='the .html to write')
-    c.add_argument('--title', default='Pretraining'); c.add_argument('--command', action='append', help='a command line that made a run, to be shown (repeatable)')
+    c = command('report', _report, 'one HTML page and JSON about pretraining runs, or about tested PPI runs')
+    c.add_argument('runs', nargs='+', help='folders of runs, such as data/runs/v5-demo-3epochs-1a2b3c or data/runs/ppi-*'); c.add_argument('out', help='the .html to write')
+    c.add_argument('--title'); c.add_argument('--command', action='append', help='a command line that made a run, to be shown (repeatable)')
     c.add_argument('--remark', action='append', help='a sentence to be shown (repeatable)')
     c = command('info', _info, 'print what a store holds'); c.add_argument('store')
     c = command('verify', _verify, 'read a whole store and compare it with its checksums'); c.add_argument('store')

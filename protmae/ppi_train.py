@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['config_ppi', 'config_for', 'check_finetune', 'make_classifier', 'load_encoder', 'PairBatches', 'PPITraining',
-           'ppi_folder', 'load_classifier', 'predict', 'test_once']
+           'ppi_folder', 'load_classifier', 'predict', 'test_once', 'epoch_cost']
 
-# %% ../nbs/lib/36_ppi_train.ipynb #627f92b7
-import hashlib, json
+# %% ../nbs/lib/36_ppi_train.ipynb #e5b26a1c
+import hashlib, json, time
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,7 @@ class _Scorer(nn.Module):
         if features is None: features = self.net.features(x, lengths, patches)
         return self.net.score(features, lengths, a, b)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #3e166967
+# %% ../nbs/lib/36_ppi_train.ipynb #608ad3d2
 class PPITraining(Run):
     "One run of V5.2 (a V2 checkpoint) or V5 native (a V5 checkpoint) on a split of labelled pairs."
     def __init__(self,
@@ -115,7 +115,7 @@ class PPITraining(Run):
         encoder, meta = load_encoder(checkpoint, s, train_proteins)
         self.arch = 'v5.2' if meta['arch'] == 'v2' else 'v5'
         cache = TokenCache(PPIClassifier(encoder, embed_dim=c['embed_dim'], n_heads=1, n_layers=1), s, meta['mean'], meta['std'])      # of the encoder as it was pretrained
-        net = make_classifier(encoder, c); cache.fit_whitening(net, train_proteins, c['whiten'])
+        self.meta, net = meta, make_classifier(encoder, c); cache.fit_whitening(net, train_proteins, c['whiten'])
         inputs = EncoderInputs(net, s, meta['mean'], meta['std']) if c['finetune'] else WhiteTokens(net, cache, pairs.proteins)
         self.about = dict(arch=self.arch, config=c, checkpoint=str(checkpoint), encoder=file_sha256(checkpoint),
             mean=meta['mean'].tolist(), std=meta['std'].tolist(), fingerprint=s.fingerprint, split=split.fingerprint)
@@ -228,3 +228,26 @@ def test_once(
     with atomic(run.out/'test_scores.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, pair=run.split.test, a=run.pairs.a[run.split.test], b=run.pairs.b[run.split.test], label=y, score=p.astype('f4'))
     write_json(path, out)
     return out
+
+# %% ../nbs/lib/36_ppi_train.ipynb #47a5d727
+def epoch_cost(
+    run,      # `PPITraining` with a frozen encoder
+    rounds=3, # of both, in turn
+    pairs=8,  # encoded per round
+)->dict:      # pairs per second both ways, their ratio, seconds of an epoch both ways
+    "The cost of an epoch from the cache, and if every pair's proteins were encoded again. Changes no weights."
+    if run.config['finetune']: raise ProtmaeError("the encoder of this run is not frozen: its proteins are encoded anyway")
+    net, dev = run.acc.unwrap_model(run.model).net, run.acc.device; inputs = EncoderInputs(net, run.store, run.meta['mean'], run.meta['std']); idx = run.split.train
+    def step(take, encode):
+        b = {k: v.to(dev) for k, v in run.data.__getitems__(take).items()}; t = time.perf_counter()
+        if encode:
+            p = run.pairs; x, L = inputs.encoded(net, np.concatenate([p.a[take], p.b[take]])); j = torch.arange(len(take), device=dev); logits = net.score(net.whiten(x), L, j, j + len(take))
+        else: b = {k: v.to(dev) for k, v in run.data.__getitems__(take).items()}; logits = net.score(b['features'], b['lengths'], b['a'], b['b'])
+        F.binary_cross_entropy_with_logits(logits, b['label']).backward(); net.zero_grad()
+        if dev.type == 'cuda': torch.cuda.synchronize()
+        return (time.perf_counter() - t)/len(take)
+    rng, got = np.random.default_rng(0), ([], [])
+    for i in range(rounds + 1):                                    # the first is to warm up
+        for j, n in enumerate((run.config['batch_size'], pairs)): got[j].append(step(rng.choice(idx, min(n, len(idx)), replace=False), bool(j)))
+    cached, both = (float(np.median(g[1:])) for g in got)
+    return dict(pairs_per_s_cached=1/cached, pairs_per_s_encoding_both=1/both, ratio=both/cached, epoch_s_cached=cached*len(idx), epoch_s_encoding_both=both*len(idx), device=dev.type, threads=torch.get_num_threads())
