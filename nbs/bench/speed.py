@@ -1,6 +1,6 @@
 """How fast: pretraining of V5 and V2, the store, and PPI training, against what people would write or pick instead.
 
-    python nbs/bench/speed.py [--rows limits v5 v2 store ppi] [--rounds 3] [--threads 2] [--out reports/bench/speed.json]
+    python nbs/bench/speed.py [--rows v5 v2 store ppi memory] [--rounds 3] [--threads 2] [--out reports/bench/speed.json]
 
 Ours and the peer run in turn in this process: same threads, same data, same dtype (float32), same optimiser settings. Each figure is the median of the
 rounds, each ratio the median of the rounds' ratios. `share` is the arithmetic done per second over what a large float32 matmul reaches here, measured
@@ -13,12 +13,15 @@ in the same run. Data are SYNTHETIC: lengths drawn from the yeast proteome's his
 | v2 | `train_step` of a real run | the same network, nn.TransformerEncoder, padded to 1502 |
 | store | `EmbeddingStore`, a random batch of 32 proteins | one HDF5 dataset per protein; a bare numpy memmap |
 | ppi | an epoch of pairs from the token cache | both proteins of every pair through the frozen encoder, every time |
+| memory | peak memory of a V5 run on 20,000 proteins besides model and optimiser (memory.py) | every protein's array in a dict |
+
+For V5 it also says where the time of a step goes.
 """
 import argparse, json, statistics, sys, tempfile, time
 from pathlib import Path
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument('--rows', nargs='+', default=['limits', 'v5', 'v2', 'store', 'ppi']); p.add_argument('--rounds', type=int, default=3); p.add_argument('--threads', type=int)
+p.add_argument('--rows', nargs='+', default=['v5', 'v2', 'store', 'ppi', 'memory']); p.add_argument('--rounds', type=int, default=3); p.add_argument('--threads', type=int)
 p.add_argument('--proteins', type=int, default=256); p.add_argument('--tiny', action='store_true', help='small models and stores: to see that it runs'); p.add_argument('--out', default='reports/bench/speed.json')
 a = p.parse_args()
 
@@ -86,6 +89,15 @@ def stepper(run, k):
             train_step(run, b); run.step += 1
     return go
 
+def where(run, n=5):
+    "Seconds of each part of a training step, median: what `train_step` does, taken apart."
+    got, it = [], iter(run.train_dl)
+    for _ in range(n + 1):
+        t = [time.perf_counter()]; b = next(it, None) or next(it := iter(run.train_dl)); t.append(time.perf_counter())
+        loss, _ = run.loss(b); t.append(time.perf_counter()); loss.backward(); t.append(time.perf_counter())
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.); t.append(time.perf_counter()); run.opt.step(); run.opt.zero_grad(); t.append(time.perf_counter()); got.append(np.diff(t))
+    return dict(zip(('data', 'forward', 'backward', 'clip', 'optimiser'), np.median(got[1:], 0).round(4).tolist()))
+
 # --- V5
 if 'v5' in a.rows:
     for batch in (16, 64):
@@ -99,8 +111,9 @@ if 'v5' in a.rows:
         def vit_step(): update(vit, vo, vit_loss(cache.__getitems__(rng.choice(run.train_idx, batch, replace=False))['patches']))
         ours = stepper(run, k); got = in_turn(dict(ours=ours, plain=plain_step, vitmae=vit_step))
         flops = flops_v5(run.model, lengths[run.train_idx])
-        share = flops*batch*k/got[0]['ours']/1e9/gflops
-        for peer, goal in (('plain', 6), ('vitmae', 1.8)): row(f'v5 {peer} {batch}', 'proteins/s', dict(ours=batch*k, plain=batch, vitmae=batch), got, peer, goal, batch=batch, share=share, gflop_per_protein=flops/1e9, peer_parameters=count(dict(plain=plain, vitmae=vit)[peer]), our_parameters=run.n_params)
+        share = flops*batch*k/got[0]['ours']/1e9/gflops; parts = where(run)
+        print(f'v5, batch {batch}, seconds of a step: ' + ', '.join(f'{k} {v:.3f}' for k, v in parts.items()), flush=True)
+        for peer, goal in (('plain', 6), ('vitmae', 1.8)): row(f'v5 {peer} {batch}', 'proteins/s', dict(ours=batch*k, plain=batch, vitmae=batch), got, peer, goal, batch=batch, share=share, gflop_per_protein=flops/1e9, seconds_of_a_step=parts, peer_parameters=count(dict(plain=plain, vitmae=vit)[peer]), our_parameters=run.n_params)
         each.close(); del run, plain, po, vit, vo
 
 # --- V2
@@ -149,6 +162,10 @@ if 'ppi' in a.rows:
     row('ppi', 'pairs/s', dict(ours=batch*k, naive=small), got, 'naive', 10, batch=batch, proteins_encoded_per_s=1/once,
         epoch_of_yeast=dict(pairs=60_738, proteins=5_679, cached_s=60_738*got[0]['ours']/(batch*k), encode_once_s=5_679*once, both_every_time_s=60_738*got[0]['naive']/small, note='computed from the rates above'))
 
-out = Path(a.out); old = json.loads(out.read_text()).get('rows', {}) if out.exists() and set(a.rows) != {'limits', 'v5', 'v2', 'store', 'ppi'} else {}
+if 'memory' in a.rows and not a.tiny:
+    import subprocess
+    o = Path(a.out).with_name('memory.json'); subprocess.run([sys.executable, str(Path(__file__).with_name('memory.py')), '--out', str(o)], check=True); rows['memory'] = dict(see=o.name)
+
+out = Path(a.out); old = json.loads(out.read_text()).get('rows', {}) if out.exists() and set(a.rows) != {'v5', 'v2', 'store', 'ppi', 'memory'} else {}
 write_json(out, dict(command='python ' + ' '.join(sys.argv), synthetic=True, proteins=N, dim=D, tiny=a.tiny, limits=limits, rows=old | rows, provenance=provenance()))
 print(f'written to {out}')
