@@ -38,22 +38,23 @@ def split_by_protein(
     if not len(train) or not len(val): raise ProtmaeError(f"{store.path}: {len(keep)} proteins of {min_len} residues or more give {len(train)} for training and {len(val)} for validation; expected some of each; use more proteins or another seed")
     return train, val, short
 
-# %% ../nbs/lib/13_batches.ipynb #8b66c1a6
+# %% ../nbs/lib/13_batches.ipynb #8e7682e4
 class ResidueBatches(torch.utils.data.Dataset):
     "Padded residue embeddings, for V2."
     def __init__(self,
         store,     # `EmbeddingStore`
         mean, std, # (D,) of the training proteins
-    ): self.store,self.mean,self.std = store,torch.as_tensor(mean),torch.as_tensor(std)
+    ): self.store,self.mean,self.std,self.room = store,torch.as_tensor(mean),torch.as_tensor(std),None
     def __len__(self): return len(self.store)
     def __getitems__(self,
         idx,  # positions in the store
     )->dict:  # x (B, longest, D) float32, lengths (B,), index (B,)
         "One batch."
-        lengths = torch.as_tensor(self.store.lengths[idx])
+        rows, lengths = self.store.batch(idx, self.room)
+        if self.room is None or len(self.room) < len(rows): self.room = rows
         x = torch.zeros(len(idx), int(lengths.max()), self.store.dim)
-        for row, i in zip(x, idx): row[:self.store.lengths[i]] = (torch.from_numpy(self.store[i]).float() - self.mean)/self.std
-        return dict(x=x, lengths=lengths, index=torch.as_tensor(idx))
+        for row, part in zip(x, torch.from_numpy(rows).split(lengths.tolist())): row[:len(part)] = (part.float() - self.mean)/self.std
+        return dict(x=x, lengths=torch.as_tensor(lengths), index=torch.as_tensor(idx))
 
 class PatchBatches(torch.utils.data.Dataset):
     "Pooled patches, for V5."

@@ -17,7 +17,7 @@ import numpy as np
 
 from .core import MAX_LEN, ProtmaeError, Progress, atomic, check_number, provenance
 
-# %% ../nbs/lib/02_store.ipynb #027ab57b
+# %% ../nbs/lib/02_store.ipynb #5720f51b
 def check_local(
     f,    # an open h5py file
     name, # of the dataset wanted
@@ -51,9 +51,10 @@ class Rows:
     def read(self,
         a, # first row
         b, # row after the last
+        out=None, # where to put them; None: a new array
     )->np.ndarray: # (b - a, ...)
         "Rows a to b."
-        out = np.empty((b - a, *self.shape[1:]), self.dtype)
+        if out is None: out = np.empty((b - a, *self.shape[1:]), self.dtype)
         left, at = memoryview(out.view(np.uint8).reshape(-1)), self.offset + a*self.row if out.nbytes else 0
         while len(left):                                      # the system may give less than was asked for
             part = os.pread(self.fd, len(left), at) if not hasattr(os, 'preadv') else None
@@ -71,7 +72,9 @@ class Rows:
 class _Memory:
     "`Rows` that were read already."
     def __init__(self, x, rows): self.x, self.shape, self.row, self.close = x, rows.shape, rows.row, rows.close
-    def read(self, a, b): return self.x[a:b]
+    def read(self, a, b, out=None):
+        if out is None: return self.x[a:b]
+        out[:] = self.x[a:b]; return out
 
 class Joined:
     "The `Rows` of several files as one."
@@ -79,16 +82,16 @@ class Joined:
         self.parts, self.ends = parts, np.cumsum([p.shape[0] for p in parts])
         self.begins, self.row, self.dtype = np.concatenate([[0], self.ends[:-1]]), parts[0].row, parts[0].dtype
         self.shape = (int(self.ends[-1]), *parts[0].shape[1:])
-    def read(self, a, b):
+    def read(self, a, b, out=None):
         "Rows a to b, from the files they lie in."
         k = min(int(np.searchsorted(self.ends, a, 'right')), len(self.parts) - 1)
-        if b <= self.ends[k]: return self.parts[k].read(a - self.begins[k], b - self.begins[k])
-        out = [p.read(max(a - s, 0), min(b - s, e - s)) for p, s, e in zip(self.parts, self.begins, self.ends) if s < b and e > a]
-        return np.concatenate(out)
+        if b <= self.ends[k]: return self.parts[k].read(a - self.begins[k], b - self.begins[k], out)
+        got = [p.read(max(a - s, 0), min(b - s, e - s)) for p, s, e in zip(self.parts, self.begins, self.ends) if s < b and e > a]
+        return np.concatenate(got, out=out)
     def close(self):
         for p in self.parts: p.close()
 
-# %% ../nbs/lib/02_store.ipynb #cac74671
+# %% ../nbs/lib/02_store.ipynb #2e917643
 FORMAT_VERSION = 1
 _text = lambda d: [o.decode('utf-8') if isinstance(o, bytes) else str(o) for o in d[:]]
 
@@ -174,6 +177,15 @@ class EmbeddingStore:
         "The residue embeddings of one protein."
         i = self.index(i) if isinstance(i, str) else range(len(self))[i]
         return self._rows.read(self.starts[i], self.starts[i] + self.lengths[i])
+    def batch(self,
+        idx, # positions
+        out=None, # float16 (rows, D) to put them into, if it is long enough: memory used again costs no page faults
+    )->tuple: # (residues of all, D) float16, row behind row, and their lengths
+        "The embeddings of some proteins in one piece of memory."
+        lengths = self.lengths[idx]; ends = np.cumsum(lengths); n = int(ends[-1]) if len(ends) else 0
+        out = np.empty((n, self.dim), np.float16) if out is None or len(out) < n else out[:n]
+        for i, k, e in zip(idx, lengths, ends): self._rows.read(self.starts[i], self.starts[i] + k, out[e - k:e])
+        return out, lengths
     def moments(self)->tuple: # two (N, D) float32 arrays
         "Mean embedding and variance within the protein, of every protein, in order."
         m = self._moments.read(0, self._moments.shape[0])[self._keep]
