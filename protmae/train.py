@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'V2Task', 'V5Task', 'optimizer_for', 'warmup_cosine', 'stop_
            'Run', 'save_state', 'load_state', 'write_log', 'train_step', 'settle', 'fit', 'Pretraining', 'run_folder',
            'pretrain']
 
-# %% ../nbs/lib/15_train.ipynb #c053e7c2
+# %% ../nbs/lib/15_train.ipynb #f7770426
 import hashlib, json, math, os, pickle, shutil, signal, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from .batches import EpochSampler, PatchBatches, ResidueBatches, Resident, on_device, split_by_protein
 from .checkpoint import build, save_model
 from .core import N_PATCHES, PATCH_SIZE, ProtmaeError, Progress, atomic, check_number, git_commit, is_headless, provenance, seed_for, write_json, _hms
-from .masking import keyed_noise, random_mask
+from .masking import keyed_noise, mask_counts, random_mask
 from .patches import PatchCache, n_patches
 from .skill import Skill
 from .store import EmbeddingStore
 from .v2 import compression_loss, config_v2, mae_loss, real_positions
 from .v5 import config_v5, mae_loss_v5, real_patches
 
-# %% ../nbs/lib/15_train.ipynb #38ef91b0
+# %% ../nbs/lib/15_train.ipynb #019f8cad
 class V2Task:
     "Residues, in batches of like length."
     min_len, config = 2, config_v2
@@ -43,6 +43,17 @@ class V2Task:
         terms = [(mae_loss(rec, x, mask, delta=c['delta'], scale=c['scale']), mask.sum())]
         if c['compress_weight']: terms.append((c['compress_weight']*compression_loss(comp, x, L), len(x)))
         return terms, (rec, x, mask, real_positions(L, x.shape[1]))
+
+    def counts(self, b, c):
+        "How many values each term of the loss is a mean of."
+        return torch.stack([mask_counts(b['lengths'], c['mask_ratio']).sum(), torch.tensor(len(b['lengths']))])
+    def parts(self, b, tokens=8192):
+        "The batch as smaller ones of at most so many residues (or one protein), each as wide as its longest."
+        L, out, start, n = b['lengths'].tolist(), [], 0, 0
+        for i, l in enumerate(L):
+            if n and n + l > tokens: out.append((start, i)); start, n = i, 0
+            n += l
+        return [{k: v[i:j] if k != 'x' else v[i:j, :max(L[i:j])] for k, v in b.items()} for i, j in out + [(start, len(L))]]
 
 class V5Task:
     "Patches, pooled once; proteins of one patch have nothing to mask."
@@ -56,6 +67,8 @@ class V5Task:
         mask = random_mask(n_patches(L, self.patching), c['mask_ratio'], N_PATCHES, keep_both=True, noise=keyed_noise(key, b['index'], N_PATCHES))
         rec, _, truth = model(None, L, patches=b['patches'], mask=mask, mask_ratio=c['mask_ratio'])
         return [(mae_loss_v5(rec, truth, mask), mask.sum())], (rec, truth, mask, real_patches(L, self.patching))
+
+    def parts(self, b): return [b]
 
 TASKS = dict(v2=V2Task, v5=V5Task)
 
@@ -125,7 +138,7 @@ def check_config(
     c['seed'] = check_number('seed', c['seed'], 0, integer=True)
     return c
 
-# %% ../nbs/lib/15_train.ipynb #33a61c21
+# %% ../nbs/lib/15_train.ipynb #0a9a4262
 class OwnPart(Dataset):
     "What one of several processes reads of each batch: every n-th protein."
     def __init__(self, data, process, n): self.data, self.process, self.n = data, process, n
@@ -200,6 +213,11 @@ class Run:
         n = torch.tensor([float(k)*own for _, k in terms], dtype=torch.float64, device=self.acc.device)
         total, N = self.acc.reduce(n, 'sum'), self.acc.num_processes
         return sum(t*w for (t, _), w in zip(terms, (n*N/total.clamp(min=1)).to(terms[0][0].dtype))), total[0].item()/N
+    def backward(self, b)->tuple: # the batch's loss, and how many values it is a mean of
+        "Gradients of one batch."
+        with self.acc.autocast(): loss, n = self.loss(b)
+        self.acc.backward(loss)
+        return loss, n
     def agreed(self, *wishes)->list:
         "For each wish whether any process has it; of several processes all must ask at the same step, and do so at every eighth."
         if self.acc.num_processes == 1 or self.step % 8: return [bool(w) and self.acc.num_processes == 1 for w in wishes]
@@ -277,7 +295,7 @@ def write_log(
     if run.acc.is_main_process:
         with atomic(run.out/'log.jsonl') as tmp: Path(tmp).write_text(''.join(json.dumps(r) + '\n' for r in run.history))
 
-# %% ../nbs/lib/15_train.ipynb #bd26eedb
+# %% ../nbs/lib/15_train.ipynb #e70dfeb4
 def train_step(
     run, # `Run`
     b,   # one batch
@@ -286,8 +304,7 @@ def train_step(
     c = run.config
     torch.manual_seed(seed_for(c['seed'], 'step', run.epoch, run.step, run.acc.process_index))
     with run.acc.accumulate(run.model):
-        with run.acc.autocast(): loss, n = run.loss(b)
-        run.acc.backward(loss)
+        loss, n = run.backward(b)
         norm = run.acc.clip_grad_norm_(run.model.parameters(), c['clip']) if run.acc.sync_gradients else torch.zeros((), device=loss.device)
         run.recent.append((loss.detach(), norm, n, run.step + 1, b['index']))
         if len(run.recent) >= run.lag: settle(run)
@@ -363,7 +380,7 @@ def _finish_epoch(run):
         left = (c['epochs'] - row['epoch'])*np.mean([r['seconds'] + r['val_seconds'] for r in run.history[-5:]])
         run.say(f"epoch {row['epoch']}/{c['epochs']}  train {row['train_loss']:.4f}  {run.line(row)}  ETA {_hms(left)}")
 
-# %% ../nbs/lib/15_train.ipynb #d371a31b
+# %% ../nbs/lib/15_train.ipynb #dd8ca1f5
 class Pretraining(Run):
     "One pretraining run: `TransformerMAE` or `MAEV5` on a store."
     def __init__(self,
@@ -399,6 +416,15 @@ class Pretraining(Run):
     def loss(self, b):
         terms, _ = self.task.loss(self.model, b, self.config, seed_for(self.config['seed'], 'mask', self.epoch))
         return self.overall(terms, b.get('own', True))
+    def backward(self, b):
+        "Gradients of one batch; on a CPU a large one goes through the model in parts, which costs less memory and time and gives the same gradients."
+        parts = self.task.parts(b) if self.acc.device.type == 'cpu' and self.acc.num_processes == 1 else [b]
+        if len(parts) == 1: return super().backward(b)
+        counts = torch.stack([self.task.counts(q, self.config) for q in parts]); total, loss = counts.sum(0).clamp(min=1), 0.
+        for q, n in zip(parts, counts):
+            terms, _ = self.task.loss(self.model, q, self.config, seed_for(self.config['seed'], 'mask', self.epoch))
+            part = sum(t*w for (t, _), w in zip(terms, n/total)); self.acc.backward(part); loss = loss + part.detach()
+        return loss, total[0]
     def names(self, b): return [self.store.ids[i] for i in b['index'].tolist()]
     def monitor(self, row): return row['val_loss']
     def rates(self, seconds): return dict(proteins_per_s=len(self.train_idx)/seconds, residues_per_s=float(self.store.lengths[self.train_idx].sum())/seconds)
