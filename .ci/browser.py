@@ -82,7 +82,8 @@ def explore(b, tmp):
         def ready():
             assert not errors(), f'error in the notebook: {errors()[0][-1500:]}'
             return page.locator('.widget-slider .noUi-handle').count() and page.locator('.jupyter-widgets .js-plotly-plot .gtitle').count()
-        until('the sliders', ready, 300)
+        try: until('the sliders', ready, 600)
+        except AssertionError as e: raise AssertionError(f"{e}; cells: {' '.join(page.locator('.jp-InputPrompt').all_inner_texts())}; last output: {''.join(page.locator('.jp-OutputArea-output').all_inner_texts()[-1:])[-500:]}") from None
         n = check_drawn(page, '01_explore_masking'); assert n >= 5, f'{n} figures, expected 2 static ones for each of two models, and the one with sliders'
         fig = page.locator('.jupyter-widgets .js-plotly-plot').last; fig.scroll_into_view_if_needed()
         state = lambda: (fig.locator('.gtitle').text_content(), fig.locator('.heatmaplayer image').evaluate_all('xs => xs.map(x => x.getAttribute("href") || x.getAttribute("xlink:href")).join()'))

@@ -20,7 +20,7 @@ with tempfile.TemporaryDirectory() as tmp:
         return p.wait(), lines
     alone = '--browser' in sys.argv[1:]
     code, lines = (0, []) if alone else stream(['nbdev_test', '--do_print', '--timing', '--n_workers', str(max(2, min(os.cpu_count() or 2, 4)))])
-    web, said = stream([sys.executable, '.ci/browser.py', '.'], PYTHONPATH=str(copy))
+    web, said = stream([sys.executable, '.ci/browser.py', '.'], PYTHONPATH=os.pathsep.join([str(copy), *filter(None, [env.get('PYTHONPATH')])]))
 ran = sum(l.startswith('Starting ') for l in lines)
 after = [i for i, l in enumerate(lines) if 'nbdev Tests Failed On The Following Notebooks' in l]
 failed = sum(bool(re.fullmatch(r'\s+\S+\.ipynb', l)) for l in lines[after[-1]:]) if after else 0
@@ -28,6 +28,6 @@ if (code or not ran) and not failed and not alone: failed = 1        # nbdev_tes
 found = re.fullmatch(r'browser: (\d+) passed, (\d+) failed', said[-1]) if said else None
 good, bad = map(int, found.groups()) if found else (0, 0 if web == 75 else 1)   # 75: no browser here, and it said why
 passed, failed = max(ran - failed, 0) + good, failed + bad
-if web == 75: print(f'1 skipped: {said[-1] if said else "the browser tests"}')
+if web == 75: print('1 skipped:', said[-1].removeprefix('SKIPPED ') if said else 'the browser tests')
 print(f'{passed} passed, {failed} failed')
 sys.exit(1 if failed else 0)
