@@ -72,17 +72,20 @@ def labels(
     if is_number(column): column = pd.qcut(column, 4, labels=False, duplicates='drop')
     return np.array([None if pd.isna(v) else str(v) for v in column], object)
 
-# %% ../nbs/lib/19_umap.ipynb #f7ec69aa
+# %% ../nbs/lib/19_umap.ipynb #1490fc91
 def knn_agreement(
     x,      # (N, D) vectors or (N, 2) places
     labels, # (N,) None = unknown, left out
     k=10,   # neighbours
+    ask=None, # (N,) bool: proteins to ask; None: all
 )->float:
     "Share of the k nearest neighbours that carry the same label."
     keep = np.array([l is not None for l in labels]); y, x = labels[keep], x[keep]
-    if len(y) < 2: return float('nan')
-    near = NearestNeighbors(n_neighbors=min(k, len(y) - 1)).fit(x).kneighbors(return_distance=False)    # without itself
-    return float((y[near] == y[:, None]).mean())
+    own = np.arange(len(y)) if ask is None else np.flatnonzero(ask[keep])
+    if len(y) < 2 or not len(own): return float('nan')
+    k = min(k, len(y) - 1); near = NearestNeighbors(n_neighbors=k + 1, algorithm='brute' if x.shape[1] > 15 else 'auto').fit(x).kneighbors(x[own], return_distance=False)
+    self = near == own[:, None]; self[~self.any(1), -1] = True           # among equal vectors oneself may be missing: drop the farthest
+    return float((y[near[~self].reshape(-1, k)] == y[own, None]).mean())
 
 def by_chance(
     labels, # (N,) None = unknown
@@ -101,16 +104,16 @@ def map_numbers(
     maps,        # name -> (N, 2), from `project`
     info,        # DataFrame from `annotations`
     seed=0,
-    sample=2000, # proteins for trustworthiness and silhouette, which look at all pairs
+    sample=2000, # proteins that are asked for their neighbours; trustworthiness and silhouette look at all pairs among them
 )->list:         # a dict per kind of vectors and column
     "How far the maps can be trusted, and how well labels hang together."
-    out, n = [], len(info); pick = np.sort(np.random.default_rng(seed_for(seed, 'map sample')).permutation(n)[:sample])
+    out, n = [], len(info); pick = np.sort(np.random.default_rng(seed_for(seed, 'map sample')).permutation(n)[:sample]); ask = np.isin(np.arange(n), pick)
     for name, x in vectors.items():
         k = min(15, (len(pick) - 1)//2); trust = float(trustworthiness(x[pick], maps[name][pick], n_neighbors=k))
         for c in info.columns.drop('id'):
             y = labels(info[c])
             out.append(dict(vectors=name, width=x.shape[1], trustworthiness=trust, label=c + (' (quarters)' if is_number(info[c]) else ''), labels=len(set(y) - {None}), by_chance=by_chance(y),
-                agreement_vectors=knn_agreement(x, y), agreement_map=knn_agreement(maps[name], y), silhouette_vectors=_silhouette(x[pick], y[pick], seed), silhouette_map=_silhouette(maps[name][pick], y[pick], seed)))
+                agreement_vectors=knn_agreement(x, y, ask=ask), agreement_map=knn_agreement(maps[name], y, ask=ask), silhouette_vectors=_silhouette(x[pick], y[pick], seed), silhouette_map=_silhouette(maps[name][pick], y[pick], seed)))
     return out
 
 # %% ../nbs/lib/19_umap.ipynb #5280d2aa
