@@ -17,7 +17,7 @@ from .ppi_metrics import compare, roc_figure
 from .report import page, table
 from .splits import LEAKS
 
-# %% ../nbs/lib/37_ppi_report.ipynb #86206bd6
+# %% ../nbs/lib/37_ppi_report.ipynb #e23f06da
 NETWORKS = 'v5', 'v5.2'
 
 def read_results(
@@ -101,16 +101,16 @@ def ppi_report(
     parts += ["<p>Each dot is one seed with its 95 % interval (bootstrap over proteins). Beside every table stands what the split leaks and what the number of training pairs of a protein alone predicts (degree).</p>", dots(rows)]
     for k in kinds:
         here = [r for r in rows if r['kind'] == k]
-        each = lambda r: '; '.join(f"{e['auroc']:.3f} [{e['interval'][0]:.3f}, {e['interval'][1]:.3f}]" for e in r['each'])
-        delta = lambda r: '; '.join(f"{d:+.3f} [{lo:+.3f}, {hi:+.3f}]" for d, lo, hi in r['difference'].values())
+        each = lambda r: '; '.join(f"{e['seed']}: {e['auroc']:.3f} [{e['interval'][0]:.3f}, {e['interval'][1]:.3f}]" for e in r['each'])
+        delta = lambda r: '; '.join(f"{k}: {d:+.3f} [{lo:+.3f}, {hi:+.3f}]" for k, (d, lo, hi) in r['difference'].items())
         parts += [f"<h2>{html.escape(k)} split</h2><p>Leaks: {html.escape(here[0]['leaks'])}. Degree alone: AUROC {here[0]['degree_alone']:.3f}. {here[0]['train_pairs'][0]:,} training and {here[0]['test_pairs'][0]:,} test pairs (seed {here[0]['seeds'][0]}). "
                   f"Best baseline by validation: {html.escape(str(here[0]['best_baseline']))}.</p>",
-                  table([{'system': r['system'], 'AUROC, mean': round(r['auroc'], 4), f"AUROC, seeds {', '.join(map(str, r['seeds']))}": each(r), 'AUPRC': round(r['auprc'], 4), 'AUPRC at 1:10': round(r['auprc_1to10'], 4), 'accuracy': round(r['accuracy'], 4),
+                  table([{'system': r['system'], 'AUROC, mean': round(r['auroc'], 4), 'AUROC of each seed': each(r), 'AUPRC': round(r['auprc'], 4), 'AUPRC at 1:10': round(r['auprc_1to10'], 4), 'accuracy': round(r['accuracy'], 4),
                           'calibration error': round(r['ece'], 4), 'difference to the best baseline': delta(r), 'so': r['verdict']} for r in here])]
         top = [next((r for r in here if test(r)), None) for test in (lambda r: r['arch'] == 'v5', lambda r: r['arch'] == 'v5.2', lambda r: r['system'] == r['best_baseline'], lambda r: r['arch'] == 'degree')]
         seed = here[0]['seeds'][0]; show = {r['system']: next(o for o in results if (o['system'], o['kind'], o['seed']) == (r['system'], k, r['seeds'][0])) for r in top if r}
         parts.append(roc_figure({s: (o['label'], o['score']) for s, o in show.items()}, f'ROC, {k} split, seed {seed}'))
-    parts += ['<h2>Commands</h2><p>From nbs/; the first seed of each row, the others differ in <code>-p seed</code>.</p>', ''.join(f"<h3>{html.escape(k)} split</h3><table><tr><th>system</th><th>command</th></tr>" +
+    parts += ['<h2>Commands</h2><p>From nbs/; the first seed of each row; the others differ in <code>-p seed</code>.</p>', ''.join(f"<h3>{html.escape(k)} split</h3><table><tr><th>system</th><th>command</th></tr>" +
               ''.join(f"<tr><td>{html.escape(r['system'])}</td><td style='text-align:left'><code>{html.escape(str(r['command']))}</code></td></tr>" for r in rows if r['kind'] == k) + '</table>' for k in kinds)]
     commits = sorted({r['commit'] for r in results})
     parts.append(f"<p>Measured at commit {html.escape(', '.join(commits))} on {html.escape(', '.join(sorted({r['device'] for r in results})))}; torch {html.escape(str(results[0]['versions'].get('torch')))}.</p>")
