@@ -22,7 +22,7 @@ from pathlib import Path
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--rows', nargs='+', default=['v5', 'v2', 'store', 'ppi', 'memory']); p.add_argument('--rounds', type=int, default=3); p.add_argument('--threads', type=int)
-p.add_argument('--proteins', type=int, default=256); p.add_argument('--tiny', action='store_true', help='small models and stores: to see that it runs'); p.add_argument('--out', default='reports/bench/speed.json')
+p.add_argument('--proteins', type=int, default=128); p.add_argument('--tiny', action='store_true', help='small models and stores: to see that it runs'); p.add_argument('--out', default='reports/bench/speed.json')
 a = p.parse_args()
 
 import h5py, numpy as np, torch
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from memory import lengths_of, names
 from peers import PlainV2, PlainV5, adamw, count, flops_v2, flops_v5, update, vitmae
-from protmae.core import provenance, write_json
+from protmae.core import git_commit, provenance, write_json
 from protmae.interaction import PPIClassifier
 from protmae.pairs import Pairs
 from protmae.patches import PatchCache
@@ -73,7 +73,7 @@ def row(name, unit, amount, got, peer, goal, **more):
     "One line: `amount` maps ours and peer to units per call."
     t, rounds = got; ours, theirs = amount['ours']/t['ours'], amount[peer]/t[peer]
     ratio = statistics.median([(amount['ours']/o)/(amount[peer]/q) for o, q in zip(rounds['ours'], rounds[peer])])
-    rows[name] = dict(unit=unit, ours=ours, peer=theirs, ratio=ratio, goal=goal, seconds=t, **more)
+    rows[name] = dict(commit=git_commit(), limits=limits, unit=unit, ours=ours, peer=theirs, ratio=ratio, goal=goal, seconds=t, **more)
     print(f"{name:12} {unit:12} ours {ours:12,.1f}   peer {theirs:12,.1f}   ratio {ratio:6.2f}" + (f' (goal {goal})' if goal else '') + (f"   share of the matmul limit {more['share']:.0%}" if more.get('share') else ''), flush=True)
 
 # --- the machine's limits
