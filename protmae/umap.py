@@ -6,7 +6,7 @@
 __all__ = ['REST', 'project', 'annotations', 'is_number', 'labels', 'knn_agreement', 'by_chance', 'map_numbers', 'umap_figure',
            'linked', 'umap_page', 'save_png']
 
-# %% ../nbs/lib/19_umap.ipynb #dd239188
+# %% ../nbs/lib/19_umap.ipynb #b90bbbf5
 import html, json, warnings
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from .core import ProtmaeError, atomic, check_number, seed_for
 from .plots import OKABE_ITO
-from .report import page, table
+from .report import page, plot, table
 
 # %% ../nbs/lib/19_umap.ipynb #fca6db05
 def project(
@@ -165,7 +165,7 @@ def linked(
     for t in w.data: t.on_selection(pick); t.on_deselect(drop)
     return w
 
-# %% ../nbs/lib/19_umap.ipynb #afd40f20
+# %% ../nbs/lib/19_umap.ipynb #032ae77b
 _LINK = '''const g = document.getElementById('{plot_id}'), all = [...g.data.keys()];
 const list = s => { document.getElementById('chosen').value = s.map(i => IDS[i]).join('\\n'); document.getElementById('count').textContent = s.length; };
 let busy = false;    // changing the figure sends the same events as drawing does
@@ -185,9 +185,8 @@ def umap_page(
 ):
     "The maps and their numbers as one self-contained page."
     ids = json.dumps(info.id.tolist()).replace('<', '\\u003c')
-    plot = fig.to_html(full_html=False, include_plotlyjs=True, div_id='maps', post_script=_LINK.replace('IDS', ids),
-                       config=dict(responsive=True, displaylogo=False, toImageButtonOptions=dict(format='png', scale=2, filename='umap')))
-    page(path, title, [*(f'<p>{html.escape(r)}</p>' for r in remarks), '<p>Draw around points (lasso or box) in one map to find them in the others; double-click to let go. The camera saves a PNG.</p>', plot,
+    maps = plot(fig, 'maps', dict(toImageButtonOptions=dict(format='png', scale=2, filename='umap')), _LINK.replace('IDS', ids))
+    page(path, title, [*(f'<p>{html.escape(r)}</p>' for r in remarks), '<p>Draw around points (lasso or box) in one map to find them in the others; double-click to let go. The camera saves a PNG.</p>', maps,
         '<p><label><span id=count>0</span> proteins chosen<br><textarea id=chosen rows=5 cols=40 readonly></textarea></label></p>', '<h2>How far to trust it</h2>', table([{k.replace('_', ' '): v for k, v in r.items()} for r in rows])])
 
 def save_png(

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from protmae.cost import count, flops_v2, flops_v5
 from protmae.v2 import mae_loss, real_positions
 
 def adamw(m, lr=1e-4): return torch.optim.AdamW(m.parameters(), lr=lr, betas=(.9, .95), weight_decay=.05)      # as one writes it
 def update(m, opt, loss):
     "A training step as one writes it."
     loss.backward(); torch.nn.utils.clip_grad_norm_(m.parameters(), 1.); opt.step(); opt.zero_grad(); value = loss.item(); assert math.isfinite(value)
-def count(m): return sum(p.numel() for p in m.parameters())
 
 class PlainV5(nn.Module):
     "V5 as the description reads: residues projected and pooled, mask tokens, everything through the encoder."
@@ -52,16 +52,3 @@ class PlainV2(nn.Module):
         at = real_positions(L, x.shape[1]); mask = torch.rand(at.shape, device=x.device).masked_fill(~at, 2).argsort(1).argsort(1) < (L//2)[:, None]
         h = self.encoder(torch.where(mask[..., None], self.mask_token, self.embed(x)) + self.pos_embed, src_key_padding_mask=~at)
         return mae_loss(self.decoder(h), x, mask, self.compress_head((h*at[..., None]).sum(1)/L[:, None]), L)
-
-def flops_v5(model, lengths, mask_ratio=.75):
-    "Floating-point operations of one training step's matrices, per protein, forward and backward, for real lengths; attention's own products are under 1 % of it and left out."
-    import numpy as np
-    n = -(-np.asarray(lengths)//32); vis = n - np.maximum(1, np.floor(mask_ratio*n)) + 1; mat = lambda m: sum(q.numel() for q in m.parameters() if q.ndim > 1)     # tokens, with CLS
-    e = model.encoder
-    return 6*(vis.mean()*(mat(e.encoder) + mat(model.decoder_embed)) + (vis.mean() - 1)*mat(e.patch_embed) + (n.mean() + 1)*(mat(model.decoder) + mat(model.head)))
-
-def flops_v2(model, lengths):
-    "The same for V2, summed over proteins: attention's products are in it, the decoder runs on half of the residues."
-    import numpy as np
-    L = np.asarray(lengths, float); D, E, ff, layers = model.input_dim, model.embed.out_features, model.decoder[0].out_features, len(model.encoder.layers)
-    return 6*(L.sum()*(D*E + layers*(4*E*E + 2*E*model.encoder.layers[0].linear1.out_features)) + L.sum()/2*(E*ff + ff*D)) + 12*layers*E*(L**2).sum()
