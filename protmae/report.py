@@ -16,7 +16,7 @@ from .core import ProtmaeError, atomic, provenance, write_json
 from .plots import curves, reconstruct, reconstruction_figure
 from .store import EmbeddingStore
 
-# %% ../nbs/lib/17_report.ipynb #36bb865f
+# %% ../nbs/lib/17_report.ipynb #fa101fae
 CSS = '''body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;color:#222;overflow-wrap:break-word}
 h1,h2,h3{line-height:1.2}table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
 td:first-child,th:first-child{text-align:left}td.text,th.text{text-align:left}code,pre{background:#f4f4f4;padding:.1rem .3rem;white-space:pre-wrap;overflow-wrap:anywhere}td code{display:inline-block;min-width:24rem}.note{background:#fff3cd;padding:.5rem 1rem}
@@ -45,8 +45,8 @@ def table(
 )->str:   # HTML, escaped
     "A table, numbers to four digits."
     show = lambda v: '' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:,.4g}' if isinstance(v, float) else str(v)
-    cells = lambda vs, t: ''.join(f'<{t}>{html.escape(v)}</{t}>' for v in vs)
-    return f"<table><tr>{cells(rows[0], 'th')}</tr>" + ''.join(f"<tr>{cells(map(show, r.values()), 'td')}</tr>" for r in rows) + '</table>'
+    cells = lambda vs, t: ''.join(f"<{t}{' class=text' if isinstance(v, str) and len(v) > 24 and t == 'td' else ''}>{html.escape(show(v))}</{t}>" for v in vs)      # long texts are set to the left
+    return f"<table><tr>{cells(rows[0], 'th')}</tr>" + ''.join(f"<tr>{cells(r.values(), 'td')}</tr>" for r in rows) + '</table>'
 
 def side_by_side(
     rows, # list of dicts with the same keys, the first of which names them
