@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'EXPECTED', 'PUBLISHED', 'ppi_folders', 'head_to_head', 'verdict', 'tidy', 'pretrain_command',
-           'ppi_command', 'missing_ppi', 'variants', 'cost_rows', 'bench_rows', 'expectations', 'footing_figure',
-           'proteins_figure', 'differences_figure', 'compare_report', 'demo_runs']
+           'ppi_command', 'missing_ppi', 'variants', 'cost_rows', 'bench_rows', 'expectations', 'conclusions',
+           'footing_figure', 'proteins_figure', 'differences_figure', 'compare_report', 'demo_runs']
 
 # %% ../nbs/lib/38_compare.ipynb #ea1a7a9d
 import html, json, shlex
@@ -192,7 +192,7 @@ def expectations(
                 so='missing' if r is None else 'below it' if all(hi < low for _, hi in at) else 'reached' if all(lo >= low for lo, _ in at) else 'not distinguishable from it'))
     return out
 
-# %% ../nbs/lib/38_compare.ipynb #b149c24e
+# %% ../nbs/lib/38_compare.ipynb #fb884499
 def conclusions(
     pairs,   # second part of `footing_rows`, or []
     rows,    # first part
@@ -214,7 +214,7 @@ def conclusions(
         n = lambda d: f"{len(d)} seed{'s' if len(d) > 1 else ''}: " + '; '.join(f'{m:+.3f} [{lo:+.3f}, {hi:+.3f}]' for m, lo, hi in d.values())
         than = lambda w, other: f'{w} {other}' if w == 'not distinguishable from' else f'{w} than {other}'; word = lambda w: 'not distinguishable from' if w == 'not distinguishable' else w
         first = f"V5 is {than(word(v['verdict']), 'V5.2 (V2 through the adapter)')} ({n(v['difference'])})." if v else 'V5 and V5.2 have not been tested with a common seed.'
-        second = '' if r is None else f" V5 is {than(word(r['verdict']), f"the best baseline ({r['best_baseline']})")} ({n(r['difference'])})." if r['difference'] else ' There is no baseline of the same seeds.'
+        second = '' if r is None else f" V5 is {than(word(r['verdict']), 'the best baseline')}, {r['best_baseline']} ({n(r['difference'])})." if r['difference'] else ' There is no baseline of the same seeds.'
         leak = next(o['leaks'] for o in ppi if o['kind'] == kind); out.append((f'{kind} split', f'Leaks: {leak}. {first}{second}'))
     out.append(('Cost', f"V5 has {five['parameters']/two['parameters']:.1f} times the parameters of V2, and a training step on a protein takes it {five['GFLOP_per_protein']/two['GFLOP_per_protein']:.2g} times the operations ({five['GFLOP_per_protein']:.3g} against {two['GFLOP_per_protein']:.3g} GFLOP): it computes on a few visible patches, V2 on every residue."))
     name = lambda ks: ', '.join(ks) or 'none'; of = lambda xs, w: [o['kind'] for o in xs if o['verdict'] == w]
