@@ -268,7 +268,7 @@ def differences_figure(
     fig.add_vline(0, line=dict(color='#777777', width=1)); fig.update_xaxes(title='difference in AUROC, with its 95 % interval'); fig.update_yaxes(title='split, seed', tickvals=list(range(len(y))), ticktext=[f'{k}, seed {s}' for k, s in y], range=[-.5, len(y) - .5])
     return _look(fig, 130 + 34*len(y))
 
-# %% ../nbs/lib/38_compare.ipynb #e9ebe8d6
+# %% ../nbs/lib/38_compare.ipynb #c2066ee9
 def _footing(v2, v5, store, n, ratios, seed, kept):
     "`footing`, or what an earlier page of the same models holds."
     idx = unseen(store, v2, v5); few = np.sort(np.random.default_rng(seed_for(seed, 'footing sample')).permutation(idx)[:n]); ck = [Path(r['folder'])/'best.safetensors' for r in (v2, v5)]
@@ -300,7 +300,7 @@ def compare_report(
     results = read_results(ppi_folders(ppi, r2, r5)); rates = against(results, resamples); versus = head_to_head(results, resamples=resamples); lacking = missing_ppi(results, r2, r5)
     for o in rates: o['command'] = tidy(o['command'])
     changes, hopes, says = variants(runs, r5), expectations(rates), conclusions(pairs, rows, rates, versus, cost)
-    p = lambda s: f'<p>{html.escape(s)}</p>'; commands = lambda cs: f"<pre>{html.escape(chr(10).join(cs))}</pre>"; iv = lambda b: f'[{b[0]:+.3f}, {b[1]:+.3f}]'; n2, n5 = (Path(r['folder']).name for r in (r2, r5))
+    p = lambda s: f'<p>{html.escape(s)}</p>'; commands = lambda cs: ''.join(f'<pre>{html.escape(c)}</pre>' for c in cs); iv = lambda b: f'[{b[0]:+.3f}, {b[1]:+.3f}]'; n2, n5 = (Path(r['folder']).name for r in (r2, r5))
     parts = [f'<p class=note>{html.escape(s)}</p>' for s in sorted({r['note'] for r in (r2, r5)} - {''})] + [*map(p, remarks)]
     parts += ['<h2>Conclusion</h2>', p('Computed from the intervals below. Better or worse means that the 95 % interval of the paired difference excludes 0 for every seed.'), *(f'<p><b>{html.escape(a)}{"" if a.endswith("?") else "."}</b> {html.escape(b)}</p>' for a, b in says)]
     parts += ['<h2>Architectures</h2>', side_by_side([dict(model=r['arch'].upper()) | shape_row(outline(r['arch'], **r['sizes'])) for r in (r2, r5)])]
@@ -320,7 +320,7 @@ def compare_report(
     parts += ['<h2>Interactions</h2>']
     if rates: parts += [p('V5 is the V5 encoder, V5.2 the V2 through the adapter, both frozen. Each dot is one seed with its 95 % interval (bootstrap over proteins).'), dots(rates), '<h3>What V5 gains</h3>', differences_figure(versus, rates)]
     for k in dict.fromkeys(r['kind'] for r in rates): parts += [f'<h3>{html.escape(k)} split</h3>', split_section(rates, k)]
-    if lacking: parts += ['<h3>Missing</h3>', p(f"Of three seeds on every split. The commands, from nbs/; other seeds differ in -p seed.{'' if any('PAIRS.tsv' in o['command'] for o in lacking) is False else ' PAIRS.tsv stands for your table of pairs.'}"),
+    if lacking: parts += ['<h3>Missing</h3>', p(f"Of three seeds on every split. The commands, from nbs/; other seeds differ in -p seed.{' PAIRS.tsv stands for your table of pairs.' if any('PAIRS.tsv' in o['command'] for o in lacking) else ''}"),
         table([dict(split=o['split'], system=o['system'], seeds=', '.join(map(str, o['seeds']))) for o in lacking]), commands(o['command'] for o in lacking)]
     parts += ['<h2>Variants of V5</h2>', p('Runs that differ from the V5 run in this one thing. Adaptive patches and other mask ratios are other tasks, so errors do not compare; skill says how far each is above its own baseline.')]
     for o in changes: parts += [f"<h3>{html.escape(o['factor'])}</h3>", table(o['rows'])] + ([p('Missing. From nbs/:'), commands(o['missing'])] if o['missing'] else [])
