@@ -104,7 +104,7 @@ def offline(b, path):
     context = b.new_context(viewport=dict(width=1300, height=900)); context.set_offline(True)
     page, wrong = context.new_page(), []
     page.on('pageerror', lambda e: wrong.append(f'error: {e}')); page.on('request', lambda r: wrong.append(f'asked for {r.url[:100]}') if not r.url.startswith(('file:', 'data:', 'blob:')) else None)
-    page.goto(path.as_uri()); page.wait_for_selector('.js-plotly-plot .main-svg'); time.sleep(1.5)
+    page.goto(path.as_uri()); page.wait_for_selector('.js-plotly-plot .main-svg'); page.wait_for_function("!document.getElementById('plotly') || document.body.dataset.drawn", timeout=60_000); time.sleep(1.5)
     check_drawn(page, path.name); shot(page, path.stem); assert not wrong, f'{path.name}: {wrong[:3]}'
     return page
 
@@ -122,6 +122,15 @@ def umap(b, path):
         before = colours(); page.locator('.updatemenu-header').first.click(); page.wait_for_selector('.updatemenu-dropdown-button'); page.locator('.updatemenu-dropdown-button').first.click()
         until('other colours', lambda: colours() != before, 20); shot(page, f'{path.stem}_coloured')
 
+def compare(b, path):
+    "The same on a phone: nothing is wider than the screen, and every entry of the contents leads somewhere."
+    page = offline(b, path); links = page.locator('nav a').evaluate_all("xs => xs.map(x => x.getAttribute('href'))")
+    assert len(links) > 5 and all(page.locator(l).count() == 1 for l in links), f'{path.name}: contents {links}'
+    assert path.stat().st_size < 5e6, f'{path.name} has {path.stat().st_size/1e6:.1f} MB; expected under 5'
+    page.set_viewport_size(dict(width=390, height=844)); page.reload(); page.wait_for_selector('body[data-drawn=yes]'); time.sleep(1)
+    check_drawn(page, f'{path.name}, 390 pixels wide'); shot(page, f'{path.stem}_phone')
+    wide = page.evaluate('document.documentElement.scrollWidth'); assert wide <= 390, f'{path.name}: {wide} pixels wide on a screen of 390'
+
 def main():
     exe, failed, ran = browser(), 0, 0
     table, made = root/'data'/'browser.tsv', root/'data'/'browser-umap.html'
@@ -136,7 +145,12 @@ def main():
                 cwd=nbs, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root), PATH=f'{bin}:{os.environ["PATH"]}'))
             assert not r.returncode, f'06_umap.ipynb failed: {r.stderr[-2000:]}'
             umap(b, made)
-        tests = {'JupyterLab: 01_explore_masking, slider': lambda: explore(b, Path(tmp)), '06_umap by papermill, its page offline: linked selection, colours': umap_page}
+        def compare_page():
+            r = subprocess.run([sys.executable, '-m', 'papermill', '05_compare.ipynb', '../data/05.out.ipynb', '--cwd', '.', '-p', 'out', '../data/browser-compare.html'],
+                cwd=nbs, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root), PATH=f'{bin}:{os.environ["PATH"]}'))
+            assert not r.returncode, f'05_compare.ipynb failed: {r.stderr[-2000:]}'
+            compare(b, root/'data'/'browser-compare.html')
+        tests = {'JupyterLab: 01_explore_masking, slider': lambda: explore(b, Path(tmp)), '06_umap by papermill, its page offline: linked selection, colours': umap_page, '05_compare by papermill, its page offline, wide and on a phone': compare_page}
         tests |= {f'{p.relative_to(root)} offline': lambda p=p: offline(b, p) for p in sorted((root/'reports').rglob('*.html'))}
         for name, test in tests.items():
             t = time.perf_counter(); ran += 1

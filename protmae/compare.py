@@ -268,7 +268,7 @@ def differences_figure(
     fig.add_vline(0, line=dict(color='#777777', width=1)); fig.update_xaxes(title='difference in AUROC, with its 95 % interval'); fig.update_yaxes(title='split, seed', tickvals=list(range(len(y))), ticktext=[f'{k}, seed {s}' for k, s in y], range=[-.5, len(y) - .5])
     return _look(fig, 130 + 34*len(y))
 
-# %% ../nbs/lib/38_compare.ipynb #e9ebe8d6
+# %% ../nbs/lib/38_compare.ipynb #7064967f
 def _footing(v2, v5, store, n, ratios, seed, kept):
     "`footing`, or what an earlier page of the same models holds."
     idx = unseen(store, v2, v5); few = np.sort(np.random.default_rng(seed_for(seed, 'footing sample')).permutation(idx)[:n]); ck = [Path(r['folder'])/'best.safetensors' for r in (v2, v5)]
@@ -292,7 +292,7 @@ def compare_report(
     command='',   # that makes this page
 )->dict:          # what the JSON holds
     "The report. What the earlier JSON knows of the same checkpoints on the same proteins is not computed again."
-    r2, r5 = read_run(v2), read_run(v5); js = Path(path).with_suffix('.json')
+    about, r2, r5, js = provenance(), read_run(v2), read_run(v5), Path(path).with_suffix('.json')
     if (r2['arch'], r5['arch']) != ('v2', 'v5'): raise ProtmaeError(f"{v2} is a run of {r2['arch']} and {v5} one of {r5['arch']}; expected a V2 and a V5")
     try: kept = json.loads(js.read_text())
     except (OSError, ValueError): kept = None
@@ -300,13 +300,13 @@ def compare_report(
     results = read_results(ppi_folders(ppi, r2, r5)); rates = against(results, resamples); versus = head_to_head(results, resamples=resamples); lacking = missing_ppi(results, r2, r5)
     for o in rates: o['command'] = tidy(o['command'])
     changes, hopes, says = variants(runs, r5), expectations(rates), conclusions(pairs, rows, rates, versus, cost)
-    p = lambda s: f'<p>{html.escape(s)}</p>'; commands = lambda cs: f"<pre>{html.escape(chr(10).join(cs))}</pre>"; iv = lambda b: f'[{b[0]:+.3f}, {b[1]:+.3f}]'; n2, n5 = (Path(r['folder']).name for r in (r2, r5))
+    p = lambda s: f'<p>{html.escape(s)}</p>'; commands = lambda cs: ''.join(f'<pre>{html.escape(c)}</pre>' for c in cs); iv = lambda b: f'[{b[0]:+.3f}, {b[1]:+.3f}]'; n2, n5 = (Path(r['folder']).name for r in (r2, r5))
     parts = [f'<p class=note>{html.escape(s)}</p>' for s in sorted({r['note'] for r in (r2, r5)} - {''})] + [*map(p, remarks)]
     parts += ['<h2>Conclusion</h2>', p('Computed from the intervals below. Better or worse means that the 95 % interval of the paired difference excludes 0 for every seed.'), *(f'<p><b>{html.escape(a)}{"" if a.endswith("?") else "."}</b> {html.escape(b)}</p>' for a, b in says)]
     parts += ['<h2>Architectures</h2>', side_by_side([dict(model=r['arch'].upper()) | shape_row(outline(r['arch'], **r['sizes'])) for r in (r2, r5)])]
     for r in (r2, r5):
         got = parameter_rows(outline(r['arch'], **r['sizes'])); kept_n = sum(o['parameters'] for o in got if o['kept'])
-        parts += [f"<h3>{r['arch'].upper()}, part by part</h3>", table([dict(part=o['part'], parameters=o['parameters'], after_pretraining='kept' if o['kept'] else 'dropped') for o in got] + [dict(part='kept', parameters=kept_n, after_pretraining=''), dict(part='total', parameters=sum(o['parameters'] for o in got), after_pretraining='')])]
+        parts += [f"<h3>{r['arch'].upper()}, part by part</h3>", table([dict(part=o['part'], parameters=o['parameters'], **{'after pretraining': 'kept' if o['kept'] else 'dropped'}) for o in got] + [dict(part='kept', parameters=kept_n, **{'after pretraining': ''}), dict(part='total', parameters=sum(o['parameters'] for o in got), **{'after pretraining': ''})])]
         full = parameter_rows(outline(r['arch']))
         if full != got: parts.append(p(f"These are the sizes of this run. At full size {r['arch'].upper()} has {sum(o['parameters'] for o in full):,} parameters, {sum(o['parameters'] for o in full if o['kept']):,} of them kept."))
     parts += ['<h2>Training curves</h2>', p('Each in its own units and with its own masks (V2 scattered residues, V5 patches): losses and skills of the two do not compare with each other here; the next section is for that. Epochs whose loss was not recorded are left out of the lines.'), curves({'V2': r2['log'], 'V5': r5['log']})]
@@ -320,7 +320,7 @@ def compare_report(
     parts += ['<h2>Interactions</h2>']
     if rates: parts += [p('V5 is the V5 encoder, V5.2 the V2 through the adapter, both frozen. Each dot is one seed with its 95 % interval (bootstrap over proteins).'), dots(rates), '<h3>What V5 gains</h3>', differences_figure(versus, rates)]
     for k in dict.fromkeys(r['kind'] for r in rates): parts += [f'<h3>{html.escape(k)} split</h3>', split_section(rates, k)]
-    if lacking: parts += ['<h3>Missing</h3>', p(f"Of three seeds on every split. The commands, from nbs/; other seeds differ in -p seed.{'' if any('PAIRS.tsv' in o['command'] for o in lacking) is False else ' PAIRS.tsv stands for your table of pairs.'}"),
+    if lacking: parts += ['<h3>Missing</h3>', p(f"Of three seeds on every split. The commands, from nbs/; other seeds differ in -p seed.{' PAIRS.tsv stands for your table of pairs.' if any('PAIRS.tsv' in o['command'] for o in lacking) else ''}"),
         table([dict(split=o['split'], system=o['system'], seeds=', '.join(map(str, o['seeds']))) for o in lacking]), commands(o['command'] for o in lacking)]
     parts += ['<h2>Variants of V5</h2>', p('Runs that differ from the V5 run in this one thing. Adaptive patches and other mask ratios are other tasks, so errors do not compare; skill says how far each is above its own baseline.')]
     for o in changes: parts += [f"<h3>{html.escape(o['factor'])}</h3>", table(o['rows'])] + ([p('Missing. From nbs/:'), commands(o['missing'])] if o['missing'] else [])
@@ -332,7 +332,7 @@ def compare_report(
     page(path, title, parts)
     clean = lambda r: {k: v for k, v in r.items() if k not in ('folder', 'store')}
     out = dict(title=title, remarks=list(remarks), conclusion=[dict(topic=a, says=b) for a, b in says], runs={k: clean(r) for k, r in made}, parameters={r['arch']: parameter_rows(outline(r['arch'], **r['sizes'])) for r in (r2, r5)}, footing=f, footing_rows=rows, footing_differences=pairs,
-        cost=cost, bench=speeds, ppi=rates, v5_against_v5_2=versus, ppi_resamples=resamples, missing=lacking, variants=changes, expected=hopes, published=PUBLISHED, command=tidy(command), provenance=provenance())
+        cost=cost, bench=speeds, ppi=rates, v5_against_v5_2=versus, ppi_resamples=resamples, missing=lacking, variants=changes, expected=hopes, published=PUBLISHED, command=tidy(command), provenance=about)
     write_json(js, out)
     return out
 

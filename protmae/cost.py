@@ -12,7 +12,7 @@ from torch import nn
 
 from .checkpoint import build
 
-# %% ../nbs/lib/23_cost.ipynb #83a5b34c
+# %% ../nbs/lib/23_cost.ipynb #32e8005e
 def count(
     m, # module or parameter
 )->int:
@@ -26,14 +26,16 @@ def outline(
     "The model without its numbers: no memory, no time."
     with torch.device('meta'): return build(arch, **sizes)
 
+def _layers(stack): n = len(stack.layers); return f'{n} layer' + 's'*(n != 1)
+
 def parameter_rows(
     model, # `TransformerMAE` or `MAEV5`
 )->list:   # dicts: part, what, parameters; 'kept' False for what is dropped after pretraining
     "Every part of a model and its parameters; they add up to the whole."
     v5 = hasattr(model, 'decoder_embed'); e = model.encoder
-    parts = [('patch_embed', e.patch_embed, True), ('pos_embed', e.pos_embed, True), ('cls_token', e.cls_token, True), (f'encoder, {len(e.encoder.layers)} layers', e.encoder.layers, True), ('encoder, final norm', e.encoder.norm, True),
-             ('decoder_embed', model.decoder_embed, False), ('mask_token', model.mask_token, False), ('decoder_pos', model.decoder_pos, False), (f'decoder, {len(model.decoder.layers)} layers and norm', model.decoder, False), ('head', model.head, False)] if v5 else \
-            [('embed', model.embed, True), ('mask_token', model.mask_token, True), ('pos_embed', model.pos_embed, True), (f'encoder, {len(e.layers)} layers', e, True), ('decoder', model.decoder, False), ('compress_head', model.compress_head, True)]
+    parts = [('patch_embed', e.patch_embed, True), ('pos_embed', e.pos_embed, True), ('cls_token', e.cls_token, True), (f'encoder, {_layers(e.encoder)}', e.encoder.layers, True), ('encoder, final norm', e.encoder.norm, True),
+             ('decoder_embed', model.decoder_embed, False), ('mask_token', model.mask_token, False), ('decoder_pos', model.decoder_pos, False), (f'decoder, {_layers(model.decoder)} and norm', model.decoder, False), ('head', model.head, False)] if v5 else \
+            [('embed', model.embed, True), ('mask_token', model.mask_token, True), ('pos_embed', model.pos_embed, True), (f'encoder, {_layers(e)}', e, True), ('decoder', model.decoder, False), ('compress_head', model.compress_head, True)]
     return [dict(part=n, parameters=count(m), kept=k) for n, m, k in parts]
 
 def shape_row(
@@ -43,7 +45,7 @@ def shape_row(
     v5 = hasattr(model, 'decoder_embed'); stack = model.encoder.encoder if v5 else model.encoder; l = stack.layers[0]
     rows = parameter_rows(model)
     return dict(input=model.encoder.input_dim if v5 else model.input_dim, width=l.linear1.in_features, layers=len(stack.layers), heads=l.self_attn.num_heads, feed_forward=l.linear1.out_features, norm='before' if l.norm_first else 'after',
-                tokens=f'CLS and 47 patches ({model.encoder.patching})' if v5 else f'up to {model.max_len} residues', decoder=f'{len(model.decoder.layers)} layers of {model.decoder_embed.out_features}' if v5 else f'MLP of {model.decoder[0].out_features}',
+                tokens=f'CLS and 47 patches ({model.encoder.patching})' if v5 else f'up to {model.max_len} residues', decoder=f'{_layers(model.decoder)} of {model.decoder_embed.out_features}' if v5 else f'MLP of {model.decoder[0].out_features}',
                 parameters=sum(r['parameters'] for r in rows), of_which_dropped_after_pretraining=sum(r['parameters'] for r in rows if not r['kept']))
 
 # %% ../nbs/lib/23_cost.ipynb #a2fdaa02

@@ -17,7 +17,7 @@ from .ppi_metrics import compare, roc_figure
 from .report import page, table
 from .splits import LEAKS
 
-# %% ../nbs/lib/37_ppi_report.ipynb #2488d838
+# %% ../nbs/lib/37_ppi_report.ipynb #3df368f2
 NETWORKS = 'v5', 'v5.2'
 
 def read_results(
@@ -85,7 +85,7 @@ def dots(
                 text=[f"{html.escape(s)}, seed {e['seed']}" for s, e, _ in at], hovertemplate='%{text}<br>AUROC %{x:.3f}<extra></extra>')
         fig.add_vline(.5, row=1, col=c, line=dict(color='#999999', width=1, dash='dot')); fig.update_xaxes(title='AUROC', row=1, col=c)
     fig.update_yaxes(tickvals=list(range(len(order))), ticktext=[html.escape(s) for s in order], range=[-.6, len(order) - .4])
-    return fig.update_layout(template='plotly_white', height=160 + 26*len(order), margin=dict(l=10, r=10, t=40, b=90), legend=dict(orientation='h', y=-.12, yanchor='top'))
+    return fig.update_layout(template='plotly_white', height=160 + 26*len(order), margin=dict(l=10, r=10, t=40, b=90), legend=dict(orientation='h', yref='container', y=0, yanchor='bottom'))
 
 def split_section(
     rows, # from `against`

@@ -16,10 +16,10 @@ from .core import ProtmaeError, atomic, provenance, write_json
 from .plots import curves, reconstruct, reconstruction_figure
 from .store import EmbeddingStore
 
-# %% ../nbs/lib/17_report.ipynb #fa101fae
+# %% ../nbs/lib/17_report.ipynb #eb980d01
 CSS = '''body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;color:#222;overflow-wrap:break-word}
 h1,h2,h3{line-height:1.2}table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
-td:first-child,th:first-child{text-align:left}td.text,th.text{text-align:left}code,pre{background:#f4f4f4;padding:.1rem .3rem;white-space:pre-wrap;overflow-wrap:anywhere}td code{display:inline-block;min-width:24rem}.note{background:#fff3cd;padding:.5rem 1rem}
+td:first-child,th:first-child{text-align:left}td.text,th.text{text-align:left}code,pre{background:#f4f4f4;padding:.1rem .3rem;margin:.4rem 0;white-space:pre-wrap;overflow-wrap:anywhere}td code{display:inline-block;min-width:24rem}.note{background:#fff3cd;padding:.5rem 1rem}
 .plot{overflow-x:auto}nav{border:1px solid #ddd;padding:.5rem 1rem;margin:1rem 0}nav ol{margin:.2rem 0;padding-left:1.5rem;columns:18rem}
 @media print{body{max-width:none;padding:0;font-size:10pt}table{display:table;font-size:7.5pt;width:100%}td,th{padding:.15rem .25rem;overflow-wrap:anywhere}td code{min-width:0}tr,.plot,li{break-inside:avoid}h2,h3{break-after:avoid}.plot{overflow:hidden}.modebar{display:none!important}}'''
 
@@ -44,8 +44,9 @@ def table(
     rows, # list of dicts with the same keys
 )->str:   # HTML, escaped
     "A table, numbers to four digits."
-    show = lambda v: '' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:,.4g}' if isinstance(v, float) else str(v)
-    cells = lambda vs, t: ''.join(f"<{t}{' class=text' if isinstance(v, str) and len(v) > 24 and t == 'td' else ''}>{html.escape(show(v))}</{t}>" for v in vs)      # long texts are set to the left
+    show = lambda v: '' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:,.4g}' if isinstance(v, float) else re.sub(r'(\S+) (\[\S+,) (\S+\])', '\\1\u00a0\\2\u00a0\\3', str(v))      # an interval stays on one line
+    left = [any(isinstance(v, str) and len(v) > 30 for v in vs) for vs in zip(*(r.values() for r in rows))]                     # columns with long texts
+    cells = lambda vs, t: ''.join(f"<{t}{' class=text' if l else ''}>{html.escape(show(v))}</{t}>" for v, l in zip(vs, left))
     return f"<table><tr>{cells(rows[0], 'th')}</tr>" + ''.join(f"<tr>{cells(r.values(), 'td')}</tr>" for r in rows) + '</table>'
 
 def side_by_side(
@@ -61,10 +62,10 @@ def plot(
     config=None, # more of plotly's configuration
     script='',   # JavaScript to run once it is drawn; {plot_id} stands for the id
 )->str:          # HTML; `page` brings what draws it
-    "A figure for a page. Panels side by side keep 14 rem each; a narrow screen scrolls."
+    "A figure for a page. Panels side by side keep 17 rem each; a narrow screen scrolls."
     f = json.loads(fig.to_json()); f['config'] = dict(responsive=True, displaylogo=False) | (config or {})
     columns = len({round(a.domain[0], 3) for a in fig.select_xaxes() if a.domain}) or 1
-    width, height = f'{14*columns if columns > 1 else 19}rem', fig.layout.height or 450
+    width, height = f'{17*columns if columns > 1 else 19}rem', fig.layout.height or 450
     return (f"<div class=plot><div id={id} data-min={width} style='min-width:{width};height:{height}px'></div></div><script type='application/json' class=figure data-of={id}>{json.dumps(f).replace('<', chr(92) + 'u003c')}</script>"
             + (f"<script>document.getElementById('{id}').addEventListener('drawn', () => {{ {script.replace('{plot_id}', id)} }});</script>" if script else ''))
 
