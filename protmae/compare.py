@@ -268,7 +268,7 @@ def differences_figure(
     fig.add_vline(0, line=dict(color='#777777', width=1)); fig.update_xaxes(title='difference in AUROC, with its 95 % interval'); fig.update_yaxes(title='split, seed', tickvals=list(range(len(y))), ticktext=[f'{k}, seed {s}' for k, s in y], range=[-.5, len(y) - .5])
     return _look(fig, 130 + 34*len(y))
 
-# %% ../nbs/lib/38_compare.ipynb #c2066ee9
+# %% ../nbs/lib/38_compare.ipynb #a2701a07
 def _footing(v2, v5, store, n, ratios, seed, kept):
     "`footing`, or what an earlier page of the same models holds."
     idx = unseen(store, v2, v5); few = np.sort(np.random.default_rng(seed_for(seed, 'footing sample')).permutation(idx)[:n]); ck = [Path(r['folder'])/'best.safetensors' for r in (v2, v5)]
@@ -306,7 +306,7 @@ def compare_report(
     parts += ['<h2>Architectures</h2>', side_by_side([dict(model=r['arch'].upper()) | shape_row(outline(r['arch'], **r['sizes'])) for r in (r2, r5)])]
     for r in (r2, r5):
         got = parameter_rows(outline(r['arch'], **r['sizes'])); kept_n = sum(o['parameters'] for o in got if o['kept'])
-        parts += [f"<h3>{r['arch'].upper()}, part by part</h3>", table([dict(part=o['part'], parameters=o['parameters'], after_pretraining='kept' if o['kept'] else 'dropped') for o in got] + [dict(part='kept', parameters=kept_n, after_pretraining=''), dict(part='total', parameters=sum(o['parameters'] for o in got), after_pretraining='')])]
+        parts += [f"<h3>{r['arch'].upper()}, part by part</h3>", table([dict(part=o['part'], parameters=o['parameters'], **{'after pretraining': 'kept' if o['kept'] else 'dropped'}) for o in got] + [dict(part='kept', parameters=kept_n, **{'after pretraining': ''}), dict(part='total', parameters=sum(o['parameters'] for o in got), **{'after pretraining': ''})])]
         full = parameter_rows(outline(r['arch']))
         if full != got: parts.append(p(f"These are the sizes of this run. At full size {r['arch'].upper()} has {sum(o['parameters'] for o in full):,} parameters, {sum(o['parameters'] for o in full if o['kept']):,} of them kept."))
     parts += ['<h2>Training curves</h2>', p('Each in its own units and with its own masks (V2 scattered residues, V5 patches): losses and skills of the two do not compare with each other here; the next section is for that. Epochs whose loss was not recorded are left out of the lines.'), curves({'V2': r2['log'], 'V5': r5['log']})]

@@ -16,7 +16,7 @@ from .core import ProtmaeError, atomic, provenance, write_json
 from .plots import curves, reconstruct, reconstruction_figure
 from .store import EmbeddingStore
 
-# %% ../nbs/lib/17_report.ipynb #4eb24a66
+# %% ../nbs/lib/17_report.ipynb #eb980d01
 CSS = '''body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;color:#222;overflow-wrap:break-word}
 h1,h2,h3{line-height:1.2}table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
 td:first-child,th:first-child{text-align:left}td.text,th.text{text-align:left}code,pre{background:#f4f4f4;padding:.1rem .3rem;margin:.4rem 0;white-space:pre-wrap;overflow-wrap:anywhere}td code{display:inline-block;min-width:24rem}.note{background:#fff3cd;padding:.5rem 1rem}
@@ -44,7 +44,7 @@ def table(
     rows, # list of dicts with the same keys
 )->str:   # HTML, escaped
     "A table, numbers to four digits."
-    show = lambda v: '' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:,.4g}' if isinstance(v, float) else str(v)
+    show = lambda v: '' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:,.4g}' if isinstance(v, float) else re.sub(r'(\S+) (\[\S+,) (\S+\])', '\\1\u00a0\\2\u00a0\\3', str(v))      # an interval stays on one line
     left = [any(isinstance(v, str) and len(v) > 30 for v in vs) for vs in zip(*(r.values() for r in rows))]                     # columns with long texts
     cells = lambda vs, t: ''.join(f"<{t}{' class=text' if l else ''}>{html.escape(show(v))}</{t}>" for v, l in zip(vs, left))
     return f"<table><tr>{cells(rows[0], 'th')}</tr>" + ''.join(f"<tr>{cells(r.values(), 'td')}</tr>" for r in rows) + '</table>'
