@@ -268,7 +268,7 @@ def differences_figure(
     fig.add_vline(0, line=dict(color='#777777', width=1)); fig.update_xaxes(title='difference in AUROC, with its 95 % interval'); fig.update_yaxes(title='split, seed', tickvals=list(range(len(y))), ticktext=[f'{k}, seed {s}' for k, s in y], range=[-.5, len(y) - .5])
     return _look(fig, 130 + 34*len(y))
 
-# %% ../nbs/lib/38_compare.ipynb #a2701a07
+# %% ../nbs/lib/38_compare.ipynb #7064967f
 def _footing(v2, v5, store, n, ratios, seed, kept):
     "`footing`, or what an earlier page of the same models holds."
     idx = unseen(store, v2, v5); few = np.sort(np.random.default_rng(seed_for(seed, 'footing sample')).permutation(idx)[:n]); ck = [Path(r['folder'])/'best.safetensors' for r in (v2, v5)]
@@ -292,7 +292,7 @@ def compare_report(
     command='',   # that makes this page
 )->dict:          # what the JSON holds
     "The report. What the earlier JSON knows of the same checkpoints on the same proteins is not computed again."
-    r2, r5 = read_run(v2), read_run(v5); js = Path(path).with_suffix('.json')
+    about, r2, r5, js = provenance(), read_run(v2), read_run(v5), Path(path).with_suffix('.json')
     if (r2['arch'], r5['arch']) != ('v2', 'v5'): raise ProtmaeError(f"{v2} is a run of {r2['arch']} and {v5} one of {r5['arch']}; expected a V2 and a V5")
     try: kept = json.loads(js.read_text())
     except (OSError, ValueError): kept = None
@@ -332,7 +332,7 @@ def compare_report(
     page(path, title, parts)
     clean = lambda r: {k: v for k, v in r.items() if k not in ('folder', 'store')}
     out = dict(title=title, remarks=list(remarks), conclusion=[dict(topic=a, says=b) for a, b in says], runs={k: clean(r) for k, r in made}, parameters={r['arch']: parameter_rows(outline(r['arch'], **r['sizes'])) for r in (r2, r5)}, footing=f, footing_rows=rows, footing_differences=pairs,
-        cost=cost, bench=speeds, ppi=rates, v5_against_v5_2=versus, ppi_resamples=resamples, missing=lacking, variants=changes, expected=hopes, published=PUBLISHED, command=tidy(command), provenance=provenance())
+        cost=cost, bench=speeds, ppi=rates, v5_against_v5_2=versus, ppi_resamples=resamples, missing=lacking, variants=changes, expected=hopes, published=PUBLISHED, command=tidy(command), provenance=about)
     write_json(js, out)
     return out
 
