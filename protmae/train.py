@@ -295,7 +295,7 @@ def write_log(
     if run.acc.is_main_process:
         with atomic(run.out/'log.jsonl') as tmp: Path(tmp).write_text(''.join(json.dumps(r) + '\n' for r in run.history))
 
-# %% ../nbs/lib/15_train.ipynb #e70dfeb4
+# %% ../nbs/lib/15_train.ipynb #3b956e16
 def train_step(
     run, # `Run`
     b,   # one batch
@@ -306,6 +306,7 @@ def train_step(
     with run.acc.accumulate(run.model):
         loss, n = run.backward(b)
         norm = run.acc.clip_grad_norm_(run.model.parameters(), c['clip']) if run.acc.sync_gradients else torch.zeros((), device=loss.device)
+        if hasattr(norm, 'full_tensor'): norm = norm.full_tensor()          # spread over processes (FSDP): all of them take part
         run.recent.append((loss.detach(), norm, n, run.step + 1, b['index']))
         if len(run.recent) >= run.lag: settle(run)
         run.opt.step()
