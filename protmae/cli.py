@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import ProtmaeError
 
-# %% ../nbs/lib/40_cli.ipynb #ddcb2041
+# %% ../nbs/lib/40_cli.ipynb #5bb90209
 def _embed(a):
     from protmae.embed import embed_fasta
     if a.pca_ids and not Path(a.pca_ids).is_file(): raise ProtmaeError(f"there is no file {a.pca_ids}; expected ids separated by white space")
@@ -53,7 +53,14 @@ def _train(a):
     try: sizes = json.loads(a.sizes)
     except ValueError as e: raise ProtmaeError(f"--sizes is {a.sizes!r}, which is not JSON ({e}); expected something like {{\"embed_dim\": 256}}") from None
     s, settings = EmbeddingStore(a.store), {k: getattr(a, k) for k in SETTINGS if getattr(a, k) is not None}
-    pretrain(a.arch, s, a.out or run_folder(a.arch, s, a.runs, sizes, **settings), not a.new, sizes, cpu=a.cpu, save_minutes=a.save_minutes, **settings)
+    try: pretrain(a.arch, s, a.out or run_folder(a.arch, s, a.runs, sizes, **settings), not a.new, sizes, cpu=a.cpu, save_minutes=a.save_minutes, **settings)
+    except KeyboardInterrupt: _part(); raise                       # all were stopped at the same step
+    _part()                                                        # but a process that fails alone does not wait for the others
+
+def _part():
+    "Several processes: leave the group before the interpreter ends, since gloo's threads may otherwise abort the process at exit."
+    import torch.distributed as dist
+    if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
 
 # of a run: type and meaning. What is not given keeps the architecture's default
 SETTINGS = dict(epochs=(int, 'default 60 for v2, 100 for v5'), batch_size=(int, 'proteins per step, of all processes together; default 32 for v2, 16 for v5'), lr=(float, 'peak learning rate'),
