@@ -31,7 +31,7 @@ from .store import EmbeddingStore
 from .v2 import compression_loss, config_v2, mae_loss, real_positions
 from .v5 import config_v5, mae_loss_v5, real_patches
 
-# %% ../nbs/lib/15_train.ipynb #019f8cad
+# %% ../nbs/lib/15_train.ipynb #d2b2bf71
 class V2Task:
     "Residues, in batches of like length."
     min_len, config = 2, config_v2
@@ -47,8 +47,8 @@ class V2Task:
     def counts(self, b, c):
         "How many values each term of the loss is a mean of."
         return torch.stack([mask_counts(b['lengths'], c['mask_ratio']).sum(), torch.tensor(len(b['lengths']))])
-    def parts(self, b, tokens=8192):
-        "The batch as smaller ones of at most so many residues (or one protein), each as wide as its longest."
+    def parts(self, b, tokens=3072):
+        "The batch as smaller ones of at most so many residues (or one protein), each as wide as its longest: below 32 MiB per tensor glibc hands out the same memory again, above it every page is new."
         L, out, start, n = b['lengths'].tolist(), [], 0, 0
         for i, l in enumerate(L):
             if n and n + l > tokens: out.append((start, i)); start, n = i, 0
