@@ -13,7 +13,7 @@ from .core import MAX_LEN, N_PATCHES, ProtmaeError, check_number, seed_for
 from .patches import PatchCache
 from .store import EmbeddingStore
 
-# %% ../nbs/lib/13_batches.ipynb #f49983a8
+# %% ../nbs/lib/13_batches.ipynb #f53604c3
 def is_validation(
     sequence,         # its letters (or its id, where a store has no sequences)
     val_fraction=.1,  # share of proteins for validation
@@ -28,10 +28,11 @@ def split_by_protein(
     seed=0,
     min_len=2,       # proteins shorter than this have nothing to mask and are left out
     max_proteins=None, # use only a random sample of this size
+    only=None,       # positions to choose from; None: all
 )->tuple:            # training and validation positions, and how many were left out as too short
     "Training and validation proteins."
     val_fraction = check_number('val_fraction', val_fraction, 0, 1, open_low=True, open_high=True)
-    keep, short = np.flatnonzero(store.lengths >= min_len), int((store.lengths < min_len).sum())
+    keep = np.arange(len(store)) if only is None else np.unique(only); long = store.lengths[keep] >= min_len; keep, short = keep[long], int((~long).sum())
     if max_proteins: keep = np.sort(np.random.default_rng(seed_for(seed, 'sample')).permutation(keep)[:check_number('max_proteins', max_proteins, 2, integer=True)])
     val = np.array([is_validation(store.sequences[i] or store.ids[i], val_fraction, seed) for i in keep], bool)
     train, val = keep[~val], keep[val]

@@ -381,7 +381,7 @@ def _finish_epoch(run):
         left = (c['epochs'] - row['epoch'])*np.mean([r['seconds'] + r['val_seconds'] for r in run.history[-5:]])
         run.say(f"epoch {row['epoch']}/{c['epochs']}  train {row['train_loss']:.4f}  {run.line(row)}  ETA {_hms(left)}")
 
-# %% ../nbs/lib/15_train.ipynb #dd8ca1f5
+# %% ../nbs/lib/15_train.ipynb #61c2ab94
 class Pretraining(Run):
     "One pretraining run: `TransformerMAE` or `MAEV5` on a store."
     def __init__(self,
@@ -392,6 +392,7 @@ class Pretraining(Run):
         sizes=None,   # arguments of the model's class, other than its defaults
         save_minutes=10., # between saves within an epoch
         cpu=False,    # do not use a GPU
+        only=None,    # ids of the proteins to use, or a text file with one per line, such as a PPI split's training proteins; None: all of the store
         compiled=False, # let torch.compile make the model's kernels (and CUDA graphs, on a GPU): for V5, whose shapes do not change
         **changes,    # of `config_v2` or `config_v5`
     ):
@@ -399,9 +400,9 @@ class Pretraining(Run):
         if not isinstance(sizes or {}, dict): raise ProtmaeError(f"sizes is the text {sizes!r}; expected a dict; with papermill pass it as -y \"sizes: {{embed_dim: 256}}\"")
         self.arch, self.store = arch, store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
         s = self.store; self.sizes = dict(input_dim=s.dim) | (sizes or {})
-        self.train_idx, self.val_idx, self.left_out = split_by_protein(s, c['val_fraction'], c['seed'], task.min_len, c['max_proteins'])
+        self.train_idx, self.val_idx, self.left_out = split_by_protein(s, c['val_fraction'], c['seed'], task.min_len, c['max_proteins'], chosen := _chosen(s, only))
         torch.manual_seed(seed_for(c['seed'], 'weights')); model = build(arch, **self.sizes)
-        super().__init__(out, c, dict(arch=arch, sizes=self.sizes, fingerprint=s.fingerprint),
+        super().__init__(out, c, dict(arch=arch, sizes=self.sizes, fingerprint=s.fingerprint, only=_only_digest(chosen)),
             dict(store=str(s.path.resolve()), model=s.model, note=str(s.attrs.get('note', '')), train_proteins=len(self.train_idx), val_proteins=len(self.val_idx), left_out=self.left_out,
                  left_out_why=f'shorter than {task.min_len} residues: nothing to mask'), resume, save_minutes, cpu)
         self.mean, self.std = s.mean_std(self.train_idx)
@@ -447,17 +448,30 @@ class Pretraining(Run):
         if self.acc.is_main_process: save_model(path, weights, self.arch, self.sizes, self.mean, self.std, config=self.config, fingerprint=self.store.fingerprint,
                    language_model=self.store.model, epoch=row['epoch'], val_loss=row['val_loss'])
 
-# %% ../nbs/lib/15_train.ipynb #e39399d6
+# %% ../nbs/lib/15_train.ipynb #23f6bb52
+def _chosen(store, only):
+    "Positions of the proteins to use, sorted; None: all."
+    if only is None: return None
+    if isinstance(only, (str, Path)):
+        if not Path(only).is_file(): raise ProtmaeError(f"there is no file {only}; expected a text file with a protein id per line")
+        only = Path(only).read_text().split()
+    at = {k: i for i, k in enumerate(store.ids)}; lack = [k for k in only if k not in at]
+    if lack: raise ProtmaeError(f"{len(lack):,} of {len(only):,} chosen proteins are not in {store.path}, {lack[0]!r} first; expected ids of the store")
+    return np.unique([at[k] for k in only])
+
+def _only_digest(chosen): return None if chosen is None else hashlib.sha256(chosen.astype('<i8').tobytes()).hexdigest()[:12]
+
 def run_folder(
     arch,      # 'v2' or 'v5'
     store,     # `EmbeddingStore`
     root,      # folder of all runs
     sizes=None, # as for `Run`
+    only=None,  # as for `Pretraining`
     **changes, # as for `Run`
 )->Path:
     "A folder of its own for these settings and this data: the same call goes on, another one never collides."
     c = make_config(arch, **changes)
-    key = hashlib.sha256(json.dumps([arch, c, sizes or {}, store.fingerprint], sort_keys=True).encode()).hexdigest()[:6]
+    key = hashlib.sha256(json.dumps([arch, c, sizes or {}, store.fingerprint, *filter(None, [_only_digest(_chosen(store, only))])], sort_keys=True).encode()).hexdigest()[:6]
     return Path(root)/f"{arch}-{store.path.stem}-{c['epochs']}epochs-{key}"
 
 def pretrain(
