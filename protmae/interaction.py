@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'V2ToV5Adapter', 'token_mask', 'InteractionCrossAttention', 'InteractionMLPHead', 'Whitening', 'add_lora',
-           'PPIClassifier']
+           'PatchMeans', 'PPIClassifier']
 
 # %% ../nbs/lib/20_interaction.ipynb #bf286873
 import math
@@ -158,7 +158,7 @@ class Whitening(nn.Module):
         self.mean.copy_(mean); self.map.copy_(vec/(val + shrink*val.mean().clamp(min=1e-12)).sqrt())
         return self
 
-# %% ../nbs/lib/20_interaction.ipynb #425b2a80
+# %% ../nbs/lib/20_interaction.ipynb #3a2d3a7f
 def add_lora(
     encoder, # `TransformerMAE` or `MAEEncoder`, changed in place
     rank,    # of the additions
@@ -168,21 +168,26 @@ def add_lora(
     except ImportError: raise ProtmaeError("LoRA needs peft, which is not installed; pip install 'protmae[lora]', or choose finetune=True or False") from None
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2*rank, target_modules=r'encoder\.layers\.\d+\.(self_attn\.out_proj|linear1|linear2)'), encoder)
 
+class PatchMeans(nn.Module):
+    "No encoder at all: the standardised embeddings themselves, so that what a trained one adds can be told."
+    def __init__(self, input_dim): super().__init__(); self.input_dim = input_dim
+    def tokens(self, x: Tensor, lengths: Tensor)->Tensor: return x
+
 class PPIClassifier(nn.Module):
     "An encoder, cross-attention over two proteins, and a head: does the pair interact?"
     def __init__(self,
-        encoder,        # a trained `TransformerMAE` (gives V5.2) or `MAEEncoder` (V5 native)
+        encoder,        # a trained `TransformerMAE` (gives V5.2) or `MAEEncoder` (V5 native), or `PatchMeans`
         frozen=True,    # the encoder does not train, and stays in eval mode
         lora_rank=0,    # above 0, and not frozen: only low-rank additions to the encoder's matrices train (Hu et al. 2021, through peft)
         patching='window', # of the adapter, for V5.2
         embed_dim=768, n_heads=8, n_layers=2, dropout=.1,
     ):
         super().__init__()
-        if not isinstance(encoder, (TransformerMAE, MAEEncoder)): raise ProtmaeError(f"encoder is a {type(encoder).__name__}; expected a TransformerMAE (V2) or a MAEEncoder (the .encoder of a MAEV5)")
+        if not isinstance(encoder, (TransformerMAE, MAEEncoder, PatchMeans)): raise ProtmaeError(f"encoder is a {type(encoder).__name__}; expected a TransformerMAE (V2) or a MAEEncoder (the .encoder of a MAEV5)")
         self.encoder, self.frozen = encoder, frozen
-        v2 = isinstance(encoder, TransformerMAE)
+        v2 = not isinstance(encoder, MAEEncoder)                   # its tokens need the adapter
         self.patching = patching if v2 else encoder.patching
-        d = embed_dim if v2 else encoder.embed_dim; width = encoder.embed.out_features if v2 else d
+        d = embed_dim if v2 else encoder.embed_dim; width = encoder.input_dim if isinstance(encoder, PatchMeans) else encoder.embed.out_features if v2 else d
         self.white_patch, self.white_cls = Whitening(width), None if v2 else Whitening(width)
         self.adapter = V2ToV5Adapter(width, d, patching) if v2 else None
         self.interaction, self.head = InteractionCrossAttention(d, n_heads, n_layers, 2*d, dropout), InteractionMLPHead(d, dropout=2*dropout)
@@ -193,13 +198,14 @@ class PPIClassifier(nn.Module):
         if self.frozen: self.encoder.eval()
         return self
     def encoded(self,
-        x,               # (B, L, D) standardised residues; V5 also takes `patches`
+        x,               # (B, L, D) standardised residues; all but V2 also take `patches`
         lengths: Tensor, # (B,)
-        patches=None,    # (B, 47, D), V5 only
-    )->Tensor:           # (B, 48, E) V5 tokens, or (B, 47, 512) patch means of V2's tokens
+        patches=None,    # (B, 47, D), not for V2
+    )->Tensor:           # (B, 48, E) V5 tokens, or (B, 47, 512) patch means of V2's tokens, or (B, 47, D) of the residues
         "What the encoder knows of a protein: this is what is cached when it is frozen."
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.encoder(x, lengths, patches) if self.adapter is None else patch_means(self.encoder.tokens(x, lengths), lengths, self.patching)
+            if self.adapter is None: return self.encoder(x, lengths, patches)
+            return patches if patches is not None else patch_means(self.encoder.tokens(x, lengths), lengths, self.patching)
     def whiten(self,
         encoded: Tensor, # from `encoded`
     )->Tensor:           # as wide

@@ -6,7 +6,7 @@
 __all__ = ['config_ppi', 'config_for', 'check_finetune', 'make_classifier', 'load_encoder', 'PairBatches', 'PPITraining',
            'ppi_folder', 'load_classifier', 'predict', 'test_once', 'epoch_cost']
 
-# %% ../nbs/lib/36_ppi_train.ipynb #e5b26a1c
+# %% ../nbs/lib/36_ppi_train.ipynb #6308154b
 import hashlib, json, time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .batches import EpochSampler
 from .checkpoint import load_model, read_tensors, save_tensors
 from .core import ProtmaeError, atomic, check_number, provenance, seed_for, write_json
 from .fetch import file_sha256
-from .interaction import PPIClassifier
+from .interaction import PatchMeans, PPIClassifier
 from .pairs import Pairs
 from .ppi_metrics import auroc, evaluate
 from .splits import Split
@@ -28,7 +28,7 @@ from .store import EmbeddingStore
 from .tokens import EncoderInputs, TokenCache, WhiteTokens
 from .train import Run, check_config, fit
 
-# %% ../nbs/lib/36_ppi_train.ipynb #2c3442ab
+# %% ../nbs/lib/36_ppi_train.ipynb #7f199926
 config_ppi = dict(epochs=10, batch_size=128, lr=3e-4, warmup_epochs=.5, weight_decay=.05, dropout=.1, n_heads=8, n_layers=2, embed_dim=768, finetune=False, lora_rank=8, whiten=.1,
                   seed=0, clip=1., patience=3, grad_accum=1)
 
@@ -56,15 +56,15 @@ def make_classifier(
     return PPIClassifier(encoder, not c['finetune'], c['lora_rank'] if c['finetune'] == 'lora' else 0, embed_dim=c['embed_dim'], n_heads=c['n_heads'], n_layers=c['n_layers'], dropout=c['dropout'])
 
 def load_encoder(
-    checkpoint, # .safetensors of a V2 or V5, or a V2 .pth trained elsewhere
-    store,      # `EmbeddingStore`: gives mean and std where a .pth has none
+    checkpoint, # .safetensors of a V2 or V5, or a V2 .pth trained elsewhere; None: no encoder, `PatchMeans`
+    store,      # `EmbeddingStore`: gives mean and std where a checkpoint has none
     train_proteins, # positions whose residues these come from then
 )->tuple:       # encoder, dict with arch, mean, std
     "The encoder of a pretrained model; a decoder is dropped."
-    model, meta = load_model(checkpoint)
+    model, meta = load_model(checkpoint) if checkpoint else (PatchMeans(store.dim), dict(arch='patches', mean=None))
     if meta['mean'] is None: meta['mean'], meta['std'] = store.mean_std(train_proteins)
     if len(meta['mean']) != store.dim: raise ProtmaeError(f"{checkpoint} was trained on {len(meta['mean'])} dimensions, {store.path} has {store.dim}; use the store it was trained for")
-    return (model if meta['arch'] == 'v2' else model.encoder), meta
+    return (model.encoder if meta['arch'] == 'v5' else model), meta
 
 def _kept(name, finetune): return finetune is True or not name.startswith('encoder.') or 'lora_' in name     # what a run writes of its classifier
 
@@ -93,11 +93,11 @@ class _Scorer(nn.Module):
         if features is None: features = self.net.features(x, lengths, patches)
         return self.net.score(features, lengths, a, b)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #608ad3d2
+# %% ../nbs/lib/36_ppi_train.ipynb #f48da2c6
 class PPITraining(Run):
-    "One run of V5.2 (a V2 checkpoint) or V5 native (a V5 checkpoint) on a split of labelled pairs."
+    "One run of V5.2 (a V2 checkpoint), V5 native (a V5 checkpoint) or the same head on patch means (no checkpoint) on a split of labelled pairs."
     def __init__(self,
-        checkpoint,   # of a pretrained V2 or V5
+        checkpoint,   # of a pretrained V2 or V5; None: the head reads patch means, no encoder
         store,        # `EmbeddingStore` or its path
         pairs,        # `Pairs`, read with this store
         split,        # `Split` of these pairs
@@ -112,15 +112,16 @@ class PPITraining(Run):
         if list(pairs.ids) != s.ids: raise ProtmaeError("these pairs were read without this store; read them with read_pairs(path, store)")
         if not len(split.val): raise ProtmaeError("the split has no validation pairs; the epoch to keep is chosen on them, so make one that has")
         train_proteins = np.unique(np.concatenate([pairs.a[split.train], pairs.b[split.train]]))
-        encoder, meta = load_encoder(checkpoint, s, train_proteins)
-        self.arch = 'v5.2' if meta['arch'] == 'v2' else 'v5'
+        if checkpoint is None and c['finetune']: raise ProtmaeError("finetune needs an encoder; pass a checkpoint, or finetune=False")
+        encoder, meta = load_encoder(checkpoint, s, train_proteins); digest = checkpoint and file_sha256(checkpoint)
+        self.arch = dict(v2='v5.2').get(meta['arch'], meta['arch'])
         cache = TokenCache(PPIClassifier(encoder, embed_dim=c['embed_dim'], n_heads=1, n_layers=1), s, meta['mean'], meta['std'])      # of the encoder as it was pretrained
         self.meta, net = meta, make_classifier(encoder, c); cache.fit_whitening(net, train_proteins, c['whiten'])
         inputs = EncoderInputs(net, s, meta['mean'], meta['std']) if c['finetune'] else WhiteTokens(net, cache, pairs.proteins)
-        self.about = dict(arch=self.arch, config=c, checkpoint=str(checkpoint), encoder=file_sha256(checkpoint),
+        self.about = dict(arch=self.arch, config=c, checkpoint=checkpoint and str(checkpoint), encoder=digest,
             mean=meta['mean'].tolist(), std=meta['std'].tolist(), fingerprint=s.fingerprint, split=split.fingerprint)
-        super().__init__(out, c, dict(arch=self.arch, fingerprint=s.fingerprint, split=split.fingerprint, encoder=file_sha256(checkpoint)),
-            dict(store=str(s.path.resolve()), model=s.model, note=str(s.attrs.get('note', '')), checkpoint=str(checkpoint), pretraining=meta.get('config'), pretrained_on=meta.get('fingerprint'),
+        super().__init__(out, c, dict(arch=self.arch, fingerprint=s.fingerprint, split=split.fingerprint, encoder=digest),
+            dict(store=str(s.path.resolve()), model=s.model, note=str(s.attrs.get('note', '')), checkpoint=checkpoint and str(checkpoint), pretraining=meta.get('config'), pretrained_on=meta.get('fingerprint'),
                  kind=split.kind, leaks=split.leaks, train_pairs=len(split.train), val_pairs=len(split.val), test_pairs=len(split.test)), resume, save_minutes, cpu)
         self.data, self.tokens_built = PairBatches(pairs, inputs), cache.built
         self.start(_Scorer(net), self.data, EpochSampler(split.train, c['batch_size'], None, c['seed']), self.data, EpochSampler(split.val, c['batch_size'], None, shuffle=False))
@@ -150,21 +151,21 @@ class PPITraining(Run):
         net = self.acc.unwrap_model(self.model).net
         save_tensors(path, {k: v for k, v in net.state_dict().items() if _kept(k, self.config['finetune'])}, self.about | dict(epoch=row['epoch'], val_auroc=row['val_auroc']))
 
-# %% ../nbs/lib/36_ppi_train.ipynb #daabf821
+# %% ../nbs/lib/36_ppi_train.ipynb #9e4ed71f
 def ppi_folder(
     root,  # folder of all runs
-    arch,  # 'v5', 'v5.2' or the name of a baseline
+    arch,  # 'v5', 'v5.2', 'patches' or the name of a baseline
     store, # `EmbeddingStore`
     split, # `Split`
     checkpoint=None, # of the encoder
     **settings,      # of `config_ppi`
 )->Path:
     "A folder of its own for this system on this split."
-    c = config_for(**settings) if arch in ('v5', 'v5.2') else {}
+    c = config_for(**settings) if arch in ('v5', 'v5.2', 'patches') else {}
     key = hashlib.sha256(json.dumps([arch, store.fingerprint, split.fingerprint, file_sha256(checkpoint) if checkpoint else '', c], sort_keys=True).encode()).hexdigest()[:6]
     return Path(root)/f'ppi-{arch}-{store.path.stem}-{split.kind}-seed{split.seed}-{key}'
 
-# %% ../nbs/lib/36_ppi_train.ipynb #348b9937
+# %% ../nbs/lib/36_ppi_train.ipynb #7107acb2
 def _load_weights(net, state, path, finetune):
     missing, extra = net.load_state_dict(state, strict=False)
     if extra or any(_kept(k, finetune) for k in missing): raise ProtmaeError(f"{path} does not fit this classifier (missing: {[k for k in missing if _kept(k, finetune)][:3]}, not expected: {extra[:3]}); was it written by another version?")
@@ -176,13 +177,17 @@ def load_classifier(
     "A trained classifier, ready to use."
     state, about = read_tensors(path)
     if not about or 'encoder' not in about: raise ProtmaeError(f"{path} is no classifier of a PPI run; pass the best.safetensors that 04_train_ppi wrote")
+    if about['encoder'] is None: model, meta = PatchMeans(len(about['mean'])), dict(arch='patches')
+    else: model, meta = _encoder_of(path, checkpoint, about)
+    net = make_classifier(model.encoder if meta['arch'] == 'v5' else model, about['config'])
+    _load_weights(net, state, path, about['config']['finetune'])
+    return net.eval(), about | {k: np.asarray(about[k], 'f4') for k in ('mean', 'std')}
+
+def _encoder_of(path, checkpoint, about):
     ck = Path(checkpoint or about['checkpoint'])
     if not ck.is_file(): raise ProtmaeError(f"{path} stands on the encoder {ck}, which is not there; pass checkpoint= with its place")
     if file_sha256(ck) != about['encoder']: raise ProtmaeError(f"{ck} is not the encoder that {path} was trained on (its sha256 differs); pass checkpoint= with the right file")
-    model, meta = load_model(ck)
-    net = make_classifier(model if meta['arch'] == 'v2' else model.encoder, about['config'])
-    _load_weights(net, state, path, about['config']['finetune'])
-    return net.eval(), about | {k: np.asarray(about[k], 'f4') for k in ('mean', 'std')}
+    return load_model(ck)
 
 @torch.no_grad()
 def predict(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encoder_digest', 'EncoderInputs', 'TokenCache', 'WhiteTokens']
 
-# %% ../nbs/lib/21_tokens.ipynb #be3b3e93
+# %% ../nbs/lib/21_tokens.ipynb #67fc336b
 import hashlib
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import torch
 from .batches import PatchBatches, ResidueBatches
 from .core import N_PATCHES, ProtmaeError, Progress, atomic
 from .embed import token_batches
-from .interaction import PPIClassifier
+from .interaction import PatchMeans, PPIClassifier
 from .patches import PatchCache, n_patches
 from .store import EmbeddingStore, Rows
+from .v2 import TransformerMAE
 from .v5 import MAEEncoder
 
 # %% ../nbs/lib/21_tokens.ipynb #e476cf38
@@ -33,15 +34,15 @@ def encoder_digest(
     for a in (mean, std): h.update(np.ascontiguousarray(a, 'f4'))
     return h.hexdigest()[:12]
 
-# %% ../nbs/lib/21_tokens.ipynb #a4c194a5
+# %% ../nbs/lib/21_tokens.ipynb #ddff9f23
 class EncoderInputs:
-    "Batches of what an encoder reads: patches for V5, residues for V2."
+    "Batches of what an encoder reads: residues for V2, patches for the others."
     def __init__(self,
         model,     # `PPIClassifier`
         store,     # `EmbeddingStore`
         mean, std, # (D,) standardisation
     ):
-        self.data = PatchBatches(PatchCache(store, model.patching), mean, std) if model.adapter is None else ResidueBatches(store, mean, std)
+        self.data = PatchBatches(PatchCache(store, model.patching), mean, std) if not isinstance(model.encoder, TransformerMAE) else ResidueBatches(store, mean, std)
     def encoded(self,
         model, # `PPIClassifier`
         idx,   # positions in the store
