@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'V2ToV5Adapter', 'token_mask', 'InteractionCrossAttention', 'InteractionMLPHead', 'Whitening', 'add_lora',
-           'PatchMeans', 'PPIClassifier']
+           'PatchMeans', 'token_width', 'PPIClassifier']
 
 # %% ../nbs/lib/20_interaction.ipynb #bf286873
 import math
@@ -158,7 +158,7 @@ class Whitening(nn.Module):
         self.mean.copy_(mean); self.map.copy_(vec/(val + shrink*val.mean().clamp(min=1e-12)).sqrt())
         return self
 
-# %% ../nbs/lib/20_interaction.ipynb #3a2d3a7f
+# %% ../nbs/lib/20_interaction.ipynb #559d640e
 def add_lora(
     encoder, # `TransformerMAE` or `MAEEncoder`, changed in place
     rank,    # of the additions
@@ -172,6 +172,12 @@ class PatchMeans(nn.Module):
     "No encoder at all: the standardised embeddings themselves, so that what a trained one adds can be told."
     def __init__(self, input_dim): super().__init__(); self.input_dim = input_dim
     def tokens(self, x: Tensor, lengths: Tensor)->Tensor: return x
+
+def token_width(
+    encoder, # `MAEEncoder`, `TransformerMAE` or `PatchMeans`
+)->int:
+    "How wide its tokens are."
+    return encoder.embed_dim if isinstance(encoder, MAEEncoder) else encoder.input_dim if isinstance(encoder, PatchMeans) else encoder.embed.out_features
 
 class PPIClassifier(nn.Module):
     "An encoder, cross-attention over two proteins, and a head: does the pair interact?"
@@ -187,7 +193,7 @@ class PPIClassifier(nn.Module):
         self.encoder, self.frozen = encoder, frozen
         v2 = not isinstance(encoder, MAEEncoder)                   # its tokens need the adapter
         self.patching = patching if v2 else encoder.patching
-        d = embed_dim if v2 else encoder.embed_dim; width = encoder.input_dim if isinstance(encoder, PatchMeans) else encoder.embed.out_features if v2 else d
+        width = token_width(encoder); d = embed_dim if v2 else width
         self.white_patch, self.white_cls = Whitening(width), None if v2 else Whitening(width)
         self.adapter = V2ToV5Adapter(width, d, patching) if v2 else None
         self.interaction, self.head = InteractionCrossAttention(d, n_heads, n_layers, 2*d, dropout), InteractionMLPHead(d, dropout=2*dropout)

@@ -17,8 +17,8 @@ from .ppi_metrics import compare, roc_figure
 from .report import page, table
 from .splits import LEAKS
 
-# %% ../nbs/lib/37_ppi_report.ipynb #3df368f2
-NETWORKS = 'v5', 'v5.2'
+# %% ../nbs/lib/37_ppi_report.ipynb #11c99113
+NETWORKS = 'v5', 'v5.2', 'patches'
 
 def read_results(
     folders, # of tested PPI runs
@@ -26,14 +26,20 @@ def read_results(
     "What `04_train_ppi` wrote."
     out = []
     for f in map(Path, folders):
-        try: t, z = json.loads((f/'test.json').read_text()), np.load(f/'test_scores.npz', allow_pickle=False)
+        try: out.append(_read_result(f))
         except FileNotFoundError as e: raise ProtmaeError(f"{f} holds no test result ({Path(e.filename).name} is missing); run 04_train_ppi to its end") from None
-        name = t['arch'] if t['arch'] in (*NETWORKS, 'degree') else f"{t['arch']}, {WHAT.get((_encoder_of(t), t['vectors']), t['vectors'])}"
-        if t['arch'] in NETWORKS and t['config']['finetune']: name += f", {'LoRA' if t['config']['finetune'] == 'lora' else 'fine-tuned'}"
-        out.append(t | dict(system=name, folder=f.name) | {k: z[k] for k in ('label', 'score', 'a', 'b')})
+        except Exception as e: raise ProtmaeError(f"{f}: test.json or test_scores.npz cannot be read ({type(e).__name__}: {e}); the result is damaged, run 04_train_ppi again") from None
     twice = {k for k in ((o['system'], o['kind'], o['seed']) for o in out) if sum((o['system'], o['kind'], o['seed']) == k for o in out) > 1}
     if twice: raise ProtmaeError(f"more than one run of {', '.join(map(str, sorted(twice)))}; pass one folder for each system, split and seed")
     return out
+
+def _read_result(f):
+    t = json.loads((f/'test.json').read_text()); name = t['arch'] if t['arch'] in (*NETWORKS, 'degree') else f"{t['arch']}, {WHAT.get((_encoder_of(t), t['vectors']), t['vectors'])}"
+    if t['kind'] not in LEAKS: raise ValueError(f"{t['kind']!r} is no kind of split")
+    if t['arch'] == 'patches': name = 'patch means, no encoder'
+    elif Path(t.get('checkpoint') or '').name.startswith('untrained-'): name += ', untrained encoder'
+    if t['arch'] in NETWORKS and t['config']['finetune']: name += f", {'LoRA' if t['config']['finetune'] == 'lora' else 'fine-tuned'}"
+    with np.load(f/'test_scores.npz', allow_pickle=False) as z: return t | dict(system=name, folder=f.name) | {k: z[k] for k in ('label', 'score', 'a', 'b')}
 
 def _encoder_of(t): return None if t['checkpoint'] is None else 'v5' if t['vectors'] == 'cls' else 'v2' if t['vectors'] == 'compressed' else Path(t['checkpoint']).parent.name.split('-')[0]
 WHAT = {(None, 'embedding'): 'mean embedding', ('v5', 'cls'): 'V5 CLS', ('v5', 'mean'): 'V5 mean token', ('v2', 'compressed'): 'V2 compressed', ('v2', 'mean'): 'V2 mean token'}
@@ -108,7 +114,7 @@ def ppi_report(
     resamples=1000,
 )->dict:         # what the JSON holds
     "A table for each split, a picture, ROC curves, and the command of every row."
-    results = read_results(folders); rows = against(results, resamples); kinds = list(dict.fromkeys(r['kind'] for r in rows))
+    made, results = provenance(), read_results(folders); rows = against(results, resamples); kinds = list(dict.fromkeys(r['kind'] for r in rows))
     if not rows: raise ProtmaeError("no tested PPI runs were given; run 04_train_ppi first")
     parts = [f'<p>{html.escape(s)}</p>' for s in remarks]
     parts += ["<p>Each dot is one seed with its 95 % interval (bootstrap over proteins). Beside every table stands what the split leaks and what the number of training pairs of a protein alone predicts (degree).</p>", dots(rows)]
@@ -123,6 +129,6 @@ def ppi_report(
     parts.append(f"<p>Measured at commit {html.escape(', '.join(commits))} on {html.escape(', '.join(sorted({r['device'] for r in results})))}; torch {html.escape(str(results[0]['versions'].get('torch')))}.</p>")
     page(path, title, parts)
     keep = [{k: v for k, v in r.items() if k not in ('label', 'score', 'a', 'b', 'folder')} for r in results]
-    out = dict(title=title, remarks=list(remarks), rows=rows, runs=keep, provenance=provenance())
+    out = dict(title=title, remarks=list(remarks), rows=rows, runs=keep, provenance=made)
     write_json(Path(path).with_suffix('.json'), out)
     return out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encoder_digest', 'EncoderInputs', 'TokenCache', 'WhiteTokens']
 
-# %% ../nbs/lib/21_tokens.ipynb #67fc336b
+# %% ../nbs/lib/21_tokens.ipynb #74187a2b
 import hashlib
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import torch
 from .batches import PatchBatches, ResidueBatches
 from .core import N_PATCHES, ProtmaeError, Progress, atomic
 from .embed import token_batches
-from .interaction import PatchMeans, PPIClassifier
+from .interaction import PPIClassifier, token_width
 from .patches import PatchCache, n_patches
-from .store import EmbeddingStore, Rows
+from .store import EmbeddingStore, Rows, open_h5
 from .v2 import TransformerMAE
 from .v5 import MAEEncoder
 
@@ -34,7 +34,7 @@ def encoder_digest(
     for a in (mean, std): h.update(np.ascontiguousarray(a, 'f4'))
     return h.hexdigest()[:12]
 
-# %% ../nbs/lib/21_tokens.ipynb #ddff9f23
+# %% ../nbs/lib/21_tokens.ipynb #7a023478
 class EncoderInputs:
     "Batches of what an encoder reads: residues for V2, patches for the others."
     def __init__(self,
@@ -73,19 +73,19 @@ class TokenCache:
         self = cls.__new__(cls); self._at(encoder, store, mean, std, patching, None)
         if self._fits(): self.built = False; self._open(); return self
     def _at(self, encoder, store, mean, std, patching, path):
-        self.store, self.patching, self.cls = store, patching, int(isinstance(encoder, MAEEncoder))
+        self.store, self.patching, self.cls = store, patching, int(isinstance(encoder, MAEEncoder)); self.width = token_width(encoder)
         self.key = f'{encoder_digest(encoder, mean, std, patching)}-{store.fingerprint}'
         self.path = Path(path or store.path.with_suffix(f'.tokens-{self.key[:12]}.h5'))
         self.counts = n_patches(store.lengths, patching) + self.cls
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
     def _open(self):
-        with h5py.File(self.path, 'r') as f: self._rows = Rows(f, 'tokens')
-        if self._rows.shape[0] != self.counts.sum(): raise ProtmaeError(f"{self.path} has {self._rows.shape[0]} rows, expected {self.counts.sum()}; delete it, it is made anew")
+        with open_h5(self.path, 'delete it, it is made anew') as f: self._rows = Rows(f, 'tokens')
+        if (got := (self._rows.shape, str(self._rows.dtype))) != (want := ((int(self.counts.sum()), self.width), 'float16')): raise ProtmaeError(f"{self.path} holds {got}, expected {want}; delete it, it is made anew")
         self.dim = self._rows.shape[1]
     def _fits(self):
         try:
-            with h5py.File(self.path, 'r') as f: return f.attrs.get('key') == self.key
-        except OSError: return False
+            with open_h5(self.path) as f: return bool(f.attrs.get('key') == self.key)
+        except ProtmaeError: return False
     @torch.no_grad()
     def _build(self, model, inputs, max_tokens):
         was = model.training; model.eval()
