@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['get_embedder', 'token_batches', 'fit_projection', 'embed_fasta']
 
-# %% ../nbs/lib/06_embed.ipynb #be2d80ed
+# %% ../nbs/lib/06_embed.ipynb #a9558965
 import hashlib, time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
 from .core import ProtmaeError, Progress, check_number, seed_for
 from .fasta import clean_sequences, read_sequences
-from .store import EmbeddingStore, StoreWriter, _text, create, extend, shard_files, shard_name, shard_ranges, writer_lock
+from .store import EmbeddingStore, StoreWriter, _text, create, extend, open_h5, shard_files, shard_name, shard_ranges, writer_lock
 
 # %% ../nbs/lib/06_embed.ipynb #432ceefd
 def get_embedder(
@@ -49,7 +48,7 @@ def token_batches(
         cur.append(i)
     return out + [cur] if cur else out
 
-# %% ../nbs/lib/06_embed.ipynb #cf650e9c
+# %% ../nbs/lib/06_embed.ipynb #04b5d577
 def fit_projection(
     embedder,   # an embedder
     sequences,  # to draw the sample from
@@ -68,13 +67,15 @@ def fit_projection(
     with Progress(n, 'embed the PCA sample', 'residues') as p:
         for b in token_batches([len(s) for s in take], **_limits(embedder)):
             xs += embedder.embed([take[i] for i in b]); p.update(sum(len(take[i]) for i in b))
+    for i, r in zip([i for b in token_batches([len(s) for s in take], **_limits(embedder)) for i in b], xs):
+        if not np.isfinite(r).all(): raise ProtmaeError(f"{embedder.name} gives NaN or infinite values for a protein of {len(take[i])} residues ({take[i][:20]}...); PCA needs numbers, so nothing was stored")
     x = np.concatenate(xs); mean = x.mean(0, dtype=np.float64)
     pca = PCA(dim, svd_solver='covariance_eigh').fit(x - mean.astype('f4'))        # centred first: float32 would lose digits on large means
     return dict(projection=pca.components_.T.astype('f4'), projection_mean=(mean + pca.mean_).astype('f4')), float(pca.explained_variance_ratio_.sum())
 
 def _limits(e): return dict(max_tokens=getattr(e, 'max_tokens', None) or 16384, max_proteins=getattr(e, 'max_proteins', None))
 
-# %% ../nbs/lib/06_embed.ipynb #6fd93907
+# %% ../nbs/lib/06_embed.ipynb #da26809f
 def embed_fasta(
     fasta,             # FASTA or table of sequences (plain or .gz)
     store,             # .h5 to write, to go on with, or to add to
@@ -137,7 +138,7 @@ def _embed_shards(store, ids, seqs, e, dim, limits, plan, n, only):
         f, (a, b) = shard_name(store, k, n), ranges[k]
         with writer_lock(f):
             if f.exists():
-                with h5py.File(f, 'r') as h: EmbeddingStore(f).close(); was = _text(h['ids']), _text(h['sequences'])
+                with open_h5(f) as h: EmbeddingStore(f).close(); was = _text(h['ids']), _text(h['sequences'])
                 if was != (ids[a:b], seqs[a:b]): raise ProtmaeError(f"{f} was planned for other proteins than shard {k} of {n} of this sequence file ({len(was[0]):,}, now {b - a:,}); shards are cut from one unchanging file: use that one, or embed new proteins into a store of their own")
                 _extend_if_new(f, ids[a:b], seqs[a:b], e, dim)          # adds nothing: checks model and width
             else:
@@ -151,24 +152,24 @@ def _embed_shards(store, ids, seqs, e, dim, limits, plan, n, only):
 def _projection_of(first, e, dim):
     "The PCA of shard 0: all shards need the same."
     if not first.exists(): raise ProtmaeError(f"with dim every shard takes its PCA from {first.name}, which is not in {first.parent}; embed shard 0 first, or copy its file here")
-    with h5py.File(first, 'r') as h: return {k: h.attrs[k] for k in ('pca_variance_kept', 'pca_fitted_on', 'projected')}, {k: h[k][:] for k in ('projection', 'projection_mean')}, dim
+    with open_h5(first) as h: return {k: h.attrs[k] for k in ('pca_variance_kept', 'pca_fitted_on', 'projected')}, {k: h[k][:] for k in ('projection', 'projection_mean')}, dim
 
 def _extend_if_new(store, ids, seqs, e, dim):
     s = EmbeddingStore(store)
     if s.model != e.name: raise ProtmaeError(f"{store} holds embeddings of {s.model}; {e.name} was asked for; choose another store")
     if dim is not None and dim != s.dim: raise ProtmaeError(f"{store} is {s.dim} wide; {dim} was asked for; choose another store")
-    with h5py.File(store, 'r') as f: have = dict(zip(_text(f['ids']), _text(f['sequences'])))
+    with open_h5(store) as f: have = dict(zip(_text(f['ids']), _text(f['sequences'])))
     for i, q in zip(ids, seqs):
         if have.get(i, q) != q: raise ProtmaeError(f"{i!r} stands in {store} with another sequence; choose another store or rename the protein")
     new = [(i, q) for i, q in zip(ids, seqs) if i not in have]
     if new:
-        with h5py.File(store, 'r') as f: segments = [int(o) for o in f.attrs.get('segments', [0, len(have)])]   # an imported store has none
+        with open_h5(store) as f: segments = [int(o) for o in f.attrs.get('segments', [0, len(have)])]   # an imported store has none
         extend(store, *zip(*new), segments=[*segments, len(have) + len(new)])
         print(f'{len(new):,} new proteins are added to the {len(have):,} in {store}')
 
 def _fill(store, e, limits):
     "Embed what is pending, batch by batch."
-    with h5py.File(store, 'r') as f:
+    with open_h5(store) as f:
         seg = [int(o) for o in f.attrs.get('segments', [0, len(f['ids'])])]
         proj = [torch.from_numpy(f[k][:]) for k in ('projection', 'projection_mean')] if 'projection' in f else None
     with StoreWriter(store) as w:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['n_patches', 'patch_bounds', 'patch_means', 'PatchCache']
 
-# %% ../nbs/lib/07_patches.ipynb #d4cd3ab9
+# %% ../nbs/lib/07_patches.ipynb #a1918871
 from pathlib import Path
 
 import h5py
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .core import MAX_LEN, N_PATCHES, PATCH_SIZE, ProtmaeError, Progress, atomic
-from .store import EmbeddingStore, Rows
+from .store import EmbeddingStore, Rows, check_local, open_h5
 
 # %% ../nbs/lib/07_patches.ipynb #70141549
 def n_patches(
@@ -51,7 +51,7 @@ def patch_means(
     out = x.new_zeros(B*N_PATCHES, D).index_add(0, flat, x[pos < lengths[:, None]])
     return out.view(B, N_PATCHES, D)/(ends - starts).clamp(min=1)[..., None]
 
-# %% ../nbs/lib/07_patches.ipynb #6757b82d
+# %% ../nbs/lib/07_patches.ipynb #d9d0a18c
 class PatchCache:
     "The patch means of every protein of a store, pooled once; reads rows on demand."
     def __init__(self,
@@ -63,15 +63,16 @@ class PatchCache:
         self.counts = n_patches(store.lengths, patching)
         self.path = Path(path or store.path.with_suffix(f'.{patching}-patches.h5'))
         if not self._fits(): self._build()
-        with h5py.File(self.path, 'r') as f: self._high, self._low, off = Rows(f, 'patches'), Rows(f, 'patches_low'), f['offsets'][:]
-        self.starts = off[:-1]
-        if not np.array_equal(np.diff(off), self.counts) or self._high.shape != (off[-1], store.dim) or self._low.shape != self._high.shape:
+        want = np.concatenate([[0], np.cumsum(self.counts)]); self.starts = want[:-1]
+        with open_h5(self.path, 'delete it, it is made anew') as f:
+            self._high, self._low, off = Rows(f, 'patches'), Rows(f, 'patches_low'), check_local(f, 'offsets'); fits = off.shape == want.shape and np.array_equal(off[:], want)
+        if not fits or any(r.shape != (want[-1], store.dim) or r.dtype != np.float16 for r in (self._high, self._low)):
             raise ProtmaeError(f"{self.path} does not belong to {store.path}, though its fingerprint says so; delete it, it is made anew")
     def _fits(self):
         if not self.path.exists(): return False
         try:
-            with h5py.File(self.path, 'r') as f: return f.attrs.get('fingerprint') == self.store.fingerprint and f.attrs.get('patching') == self.patching
-        except OSError: return False
+            with open_h5(self.path) as f: return bool(f.attrs.get('fingerprint') == self.store.fingerprint and f.attrs.get('patching') == self.patching)
+        except ProtmaeError: return False
     def _build(self):
         s, off = self.store, np.zeros(len(self.counts) + 1, np.int64)
         off[1:] = np.cumsum(self.counts)
@@ -81,6 +82,7 @@ class PatchCache:
             for i in range(len(s)):
                 b = [o[0, :self.counts[i]].numpy() for o in patch_bounds(torch.tensor([s.lengths[i]]), self.patching)]
                 m = np.add.reduceat(s[i].astype('f4'), b[0])/(b[1] - b[0])[:, None]
+                if not np.isfinite(m).all(): raise ProtmaeError(f"{s.path}: {s.ids[i]!r} has NaN or infinite values; the store is damaged, embed again")
                 high[off[i]:off[i+1]] = h = m.astype('f2')
                 low[off[i]:off[i+1]] = m - h
                 p.update()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encoder_digest', 'EncoderInputs', 'TokenCache', 'WhiteTokens']
 
-# %% ../nbs/lib/21_tokens.ipynb #be3b3e93
+# %% ../nbs/lib/21_tokens.ipynb #3c66d88f
 import hashlib
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .core import N_PATCHES, ProtmaeError, Progress, atomic
 from .embed import token_batches
 from .interaction import PPIClassifier
 from .patches import PatchCache, n_patches
-from .store import EmbeddingStore, Rows
+from .store import EmbeddingStore, Rows, open_h5
 from .v5 import MAEEncoder
 
 # %% ../nbs/lib/21_tokens.ipynb #e476cf38
@@ -33,7 +33,7 @@ def encoder_digest(
     for a in (mean, std): h.update(np.ascontiguousarray(a, 'f4'))
     return h.hexdigest()[:12]
 
-# %% ../nbs/lib/21_tokens.ipynb #a4c194a5
+# %% ../nbs/lib/21_tokens.ipynb #708726b4
 class EncoderInputs:
     "Batches of what an encoder reads: patches for V5, residues for V2."
     def __init__(self,
@@ -72,19 +72,19 @@ class TokenCache:
         self = cls.__new__(cls); self._at(encoder, store, mean, std, patching, None)
         if self._fits(): self.built = False; self._open(); return self
     def _at(self, encoder, store, mean, std, patching, path):
-        self.store, self.patching, self.cls = store, patching, int(isinstance(encoder, MAEEncoder))
+        self.store, self.patching, self.cls = store, patching, int(isinstance(encoder, MAEEncoder)); self.width = encoder.embed_dim if self.cls else encoder.embed.out_features
         self.key = f'{encoder_digest(encoder, mean, std, patching)}-{store.fingerprint}'
         self.path = Path(path or store.path.with_suffix(f'.tokens-{self.key[:12]}.h5'))
         self.counts = n_patches(store.lengths, patching) + self.cls
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
     def _open(self):
-        with h5py.File(self.path, 'r') as f: self._rows = Rows(f, 'tokens')
-        if self._rows.shape[0] != self.counts.sum(): raise ProtmaeError(f"{self.path} has {self._rows.shape[0]} rows, expected {self.counts.sum()}; delete it, it is made anew")
+        with open_h5(self.path, 'delete it, it is made anew') as f: self._rows = Rows(f, 'tokens')
+        if (got := (self._rows.shape, str(self._rows.dtype))) != (want := ((int(self.counts.sum()), self.width), 'float16')): raise ProtmaeError(f"{self.path} holds {got}, expected {want}; delete it, it is made anew")
         self.dim = self._rows.shape[1]
     def _fits(self):
         try:
-            with h5py.File(self.path, 'r') as f: return f.attrs.get('key') == self.key
-        except OSError: return False
+            with open_h5(self.path) as f: return bool(f.attrs.get('key') == self.key)
+        except ProtmaeError: return False
     @torch.no_grad()
     def _build(self, model, inputs, max_tokens):
         was = model.training; model.eval()
