@@ -11,11 +11,12 @@ from pathlib import Path
 
 from .core import ProtmaeError
 
-# %% ../nbs/lib/40_cli.ipynb #5bb90209
+# %% ../nbs/lib/40_cli.ipynb #62563b0e
 def _embed(a):
     from protmae.embed import embed_fasta
     if a.pca_ids and not Path(a.pca_ids).is_file(): raise ProtmaeError(f"there is no file {a.pca_ids}; expected ids separated by white space")
-    ids = Path(a.pca_ids).read_text().split() if a.pca_ids else None
+    try: ids = Path(a.pca_ids).read_text(encoding='utf-8').split() if a.pca_ids else None
+    except (OSError, UnicodeDecodeError) as e: raise ProtmaeError(f"{a.pca_ids} cannot be read ({e}); expected ids separated by white space, as UTF-8") from None
     shard, shards = _shard(a.shard) if a.shard else (None, a.shards)
     if a.shard and a.shards not in (None, shards): raise ProtmaeError(f"--shards {a.shards} and --shard {a.shard} contradict each other; give one of them")
     embed_fasta(a.fasta, a.store, a.model, dim=a.dim, pca_ids=ids, device=a.device, max_tokens=a.max_tokens, shards=shards, shard=shard)

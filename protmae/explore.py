@@ -188,7 +188,7 @@ def update_figure(
             fig.layout.coloraxis.update(cmin=-top, cmax=top); fig.update_xaxes(range=[.5, p['x'].shape[1] + .5])
         if not mask_only: fig.layout.title.text = _title(l)
 
-# %% ../nbs/lib/18_explore.ipynb #ec31148a
+# %% ../nbs/lib/18_explore.ipynb #c5a473b1
 def untrained(
     meta,  # what `load_model` returned
     seed=0,
@@ -218,12 +218,12 @@ def ratio_figure(
     "Error by mask ratio."
     fig = figure()
     for k, (name, e) in enumerate(errors.items()):
-        fig.add_scatter(x=ratios, y=e, name=name, mode='lines+markers', line=dict(color=OKABE_ITO[k % 7], dash=DASHES[k % 5]), marker_symbol=['circle', 'square', 'diamond', 'x', 'cross'][k % 5], hovertemplate='%{x:.0%} hidden: %{y:.3f}')
+        fig.add_scatter(x=ratios, y=e, name=html.escape(name), mode='lines+markers', line=dict(color=OKABE_ITO[k % 7], dash=DASHES[k % 5]), marker_symbol=['circle', 'square', 'diamond', 'x', 'cross'][k % 5], hovertemplate='%{x:.0%} hidden: %{y:.3f}')
     fig.update_xaxes(title_text='share hidden', tickformat='.0%', range=[0, 1]); fig.update_yaxes(title_text='mean squared error where hidden (variances)', rangemode='tozero')
     fig.update_layout(template='plotly_white', autosize=True, height=380, margin=dict(t=50, b=50, l=70), title=dict(text=title, x=0, xref='paper', xanchor='left', font_size=14))
     return fig
 
-# %% ../nbs/lib/18_explore.ipynb #278941ea
+# %% ../nbs/lib/18_explore.ipynb #0c5cee9c
 class Explorer:
     "Sliders beside `explore_figure`; display it, or use `view`."
     def __init__(self,
@@ -290,7 +290,7 @@ class Explorer:
             name = self.model.value
             if name not in self.fresh: self.fresh[name] = untrained(self.meta)
             e = ratio_errors(dict(trained=self.net, untrained=self.fresh[name]), self.p, seed=self.seed.value)
-            self.more.children = (ratio_figure(e, title=f"{html.escape(self.p['id'])}, {name}, seed {self.seed.value}", figure=go.FigureWidget),)
+            self.more.children = (ratio_figure(e, title=f"{html.escape(self.p['id'])}, {html.escape(name)}, seed {self.seed.value}", figure=go.FigureWidget),)
         finally: self.button.disabled = False
 
 def explore(

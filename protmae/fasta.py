@@ -28,7 +28,7 @@ def record_id(
     m = re.match(r'(?:sp|tr)\|([^|]+)\|', word)
     return m.group(1) if m else word
 
-# %% ../nbs/lib/01_fasta.ipynb #3d4e8db4
+# %% ../nbs/lib/01_fasta.ipynb #ba02e782
 def _text(path):
     path = Path(path)
     if path.is_dir(): raise ProtmaeError(f"{path} is a folder; expected a FASTA file")
@@ -37,6 +37,7 @@ def _text(path):
         if raw[:2] == b'\x1f\x8b': raw = gzip.decompress(raw)
     except FileNotFoundError: raise ProtmaeError(f"{path} does not exist; expected a FASTA file (plain or .gz)") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise ProtmaeError(f"{path} is a broken gzip file ({e}); download it again") from None
+    except OSError as e: raise ProtmaeError(f"{path} cannot be read ({e.strerror or e}); expected a FASTA file (plain or .gz)") from None
     try: text = raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         line = raw[:e.start].count(b'\n') + 1

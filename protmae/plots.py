@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OKABE_ITO', 'DASHES', 'curves', 'read_protein', 'hide', 'rebuild', 'reconstruct', 'reconstruction_figure']
 
-# %% ../nbs/lib/16_plots.ipynb #264df478
-import os
+# %% ../nbs/lib/16_plots.ipynb #cd5ffef2
+import html, os
 
 import numpy as np
 import plotly.graph_objects as go
@@ -20,7 +20,7 @@ from .masking import random_mask
 from .patches import n_patches, patch_bounds
 from .skill import interpolate
 
-# %% ../nbs/lib/16_plots.ipynb #9fc43820
+# %% ../nbs/lib/16_plots.ipynb #9efc0f69
 if 'IN_TEST' in os.environ: pio.renderers.default = 'json'   # nbdev_test: open no browser
 
 OKABE_ITO = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
@@ -30,7 +30,7 @@ def curves(
     runs, # name -> log of a run (list of dicts with epoch, train_loss, val_loss, skill, skill_mean, skill_visible)
 )->go.Figure:
     "Loss and skill by epoch."
-    names = list(runs)
+    runs = {html.escape(n): h for n, h in runs.items()}; names = list(runs)
     fig = make_subplots(1, 1 + len(names), subplot_titles=[*(f'loss, {n}' for n in names), 'skill on validation proteins'], horizontal_spacing=.07)
     line = lambda h, k, col, **kw: fig.add_trace(go.Scatter(x=[r['epoch'] for r in h], y=[r[k] for r in h], mode='lines+markers' if len(h) < 15 else 'lines',
         hovertemplate='epoch %{x}: %{y:.4f}', **kw), 1, col)
@@ -95,7 +95,7 @@ def reconstruct(
     out = dict(truth=p['truth'], reconstruction=rebuild(model, p, mask[None])[0], interpolation=interpolate(p['truth'][None], ~mask[None])[0], mask=mask, starts=p['starts'], ends=p['ends'])
     return {k: v.numpy() for k, v in out.items()} | dict(id=p['id'], sequence=p['sequence'])
 
-# %% ../nbs/lib/16_plots.ipynb #1d591173
+# %% ../nbs/lib/16_plots.ipynb #bb63f207
 def reconstruction_figure(
     r,       # from `reconstruct`
     dims=96, # how many dimensions to show: those that vary most along this protein
@@ -109,11 +109,11 @@ def reconstruction_figure(
     fig = make_subplots(4, 1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=.06)
     top = np.quantile(np.abs(r['truth'][:, d]), .98) or 1.
     what = 'patch' if (r['ends'] - r['starts']).max() > 1 else 'residue'
-    letters = [f"{what} {p + 1}, residues {a + 1}-{b}: {r['sequence'][a:b]}" for p, (a, b) in enumerate(zip(r['starts'], r['ends']))]
+    letters = [f"{what} {p + 1}, residues {a + 1}-{b}: {html.escape(r['sequence'][a:b])}" for p, (a, b) in enumerate(zip(r['starts'], r['ends']))]
     for k, v in enumerate(shown.values()):
         fig.add_trace(go.Heatmap(z=v[:, d].T.astype('f4'), x=np.arange(len(m)) + 1, y=[str(o) for o in d], zmid=0, zmin=-top, zmax=top, colorscale='RdBu_r', showscale=k == 0,
             colorbar=dict(title='standard<br>deviations', len=.5), customdata=np.tile(letters, (len(d), 1)) if what == 'patch' else None,
             hovertemplate=('%{customdata}' if what == 'patch' else 'residue %{x}') + '<br>dimension %{y}: %{z:.2f}<extra></extra>'), k + 1, 1)
-    fig.update_yaxes(showticklabels=False, title_text='dimension'); fig.update_xaxes(title_text=f'{what} along {r["id"]}', row=4)
+    fig.update_yaxes(showticklabels=False, title_text='dimension'); fig.update_xaxes(title_text=f'{what} along {html.escape(r["id"])}', row=4)
     fig.update_layout(template='plotly_white', height=640, margin=dict(t=70, b=10))
     return fig

@@ -6,7 +6,9 @@
 __all__ = ['check_scores', 'Ranking', 'auroc', 'auprc', 'balance_weights', 'best_threshold', 'accuracy', 'ece', 'protein_weights',
            'bootstrap', 'compare', 'evaluate', 'roc_figure', 'pr_figure']
 
-# %% ../nbs/lib/34_ppi_metrics.ipynb #3addf9fa
+# %% ../nbs/lib/34_ppi_metrics.ipynb #69bcefe5
+import html
+
 import numpy as np
 
 from .plots import DASHES, OKABE_ITO
@@ -178,7 +180,7 @@ def evaluate(
     if has_val: out['val_auroc'] = auroc(val_label, val_score)
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in out.items()}
 
-# %% ../nbs/lib/34_ppi_metrics.ipynb #39437593
+# %% ../nbs/lib/34_ppi_metrics.ipynb #f87303fd
 def _thin(x, y, n=400):
     i = np.unique(np.r_[np.linspace(0, len(x) - 1, min(n, len(x))).astype(int), len(x) - 1]); return x[i], y[i]
 
@@ -197,7 +199,7 @@ def roc_figure(
     "ROC curves of several systems; the legend gives the AUROC."
     out = {}
     for name, (y, s) in scores.items():
-        r = Ranking(y, s); tp, fp = r.curve(); out[f'{name} {auroc(y, s):.3f}'] = np.r_[0, fp/fp[-1]], np.r_[0, tp/tp[-1]]
+        r = Ranking(y, s); tp, fp = r.curve(); out[f'{html.escape(name)} {auroc(y, s):.3f}'] = np.r_[0, fp/fp[-1]], np.r_[0, tp/tp[-1]]
     return _figure(out, title, 'false positive rate', 'true positive rate', [0, 1])
 
 def pr_figure(
@@ -209,5 +211,5 @@ def pr_figure(
     out, base = {}, .5
     for name, (y, s) in scores.items():
         w = balance_weights(y, negatives); tp, fp = Ranking(y, s).curve(w); base = tp[-1]/(tp[-1] + fp[-1]); some = tp + fp > 0
-        out[f'{name} {auprc(y, s, w):.3f}'] = (tp/tp[-1])[some], (tp[some]/(tp + fp)[some])
+        out[f'{html.escape(name)} {auprc(y, s, w):.3f}'] = (tp/tp[-1])[some], (tp[some]/(tp + fp)[some])
     return _figure(out, title + (f' at 1:{negatives:g}' if negatives else ''), 'recall', 'precision', [base, base])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'WHAT', 'read_results', 'against', 'dots', 'split_section', 'ppi_report']
 
-# %% ../nbs/lib/37_ppi_report.ipynb #626f07a2
-import html, json
+# %% ../nbs/lib/37_ppi_report.ipynb #c843e085
+import html, json, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from .ppi_metrics import compare, roc_figure
 from .report import page, table
 from .splits import LEAKS
 
-# %% ../nbs/lib/37_ppi_report.ipynb #3df368f2
+# %% ../nbs/lib/37_ppi_report.ipynb #c3533498
 NETWORKS = 'v5', 'v5.2'
 
 def read_results(
@@ -28,6 +28,7 @@ def read_results(
     for f in map(Path, folders):
         try: t, z = json.loads((f/'test.json').read_text()), np.load(f/'test_scores.npz', allow_pickle=False)
         except FileNotFoundError as e: raise ProtmaeError(f"{f} holds no test result ({Path(e.filename).name} is missing); run 04_train_ppi to its end") from None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise ProtmaeError(f"{f}: test.json or test_scores.npz cannot be read ({e}); the result is damaged, run 04_train_ppi again") from None
         name = t['arch'] if t['arch'] in (*NETWORKS, 'degree') else f"{t['arch']}, {WHAT.get((_encoder_of(t), t['vectors']), t['vectors'])}"
         if t['arch'] in NETWORKS and t['config']['finetune']: name += f", {'LoRA' if t['config']['finetune'] == 'lora' else 'fine-tuned'}"
         out.append(t | dict(system=name, folder=f.name) | {k: z[k] for k in ('label', 'score', 'a', 'b')})

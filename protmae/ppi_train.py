@@ -6,18 +6,17 @@
 __all__ = ['config_ppi', 'config_for', 'check_finetune', 'make_classifier', 'load_encoder', 'PairBatches', 'PPITraining',
            'ppi_folder', 'load_classifier', 'predict', 'test_once', 'epoch_cost']
 
-# %% ../nbs/lib/36_ppi_train.ipynb #e5b26a1c
+# %% ../nbs/lib/36_ppi_train.ipynb #0e17be67
 import hashlib, json, time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from .batches import EpochSampler
-from .checkpoint import load_model, read_tensors, save_tensors
+from .checkpoint import check_sizes, load_model, read_tensors, save_tensors
 from .core import ProtmaeError, atomic, check_number, provenance, seed_for, write_json
 from .fetch import file_sha256
 from .interaction import PPIClassifier
@@ -93,7 +92,7 @@ class _Scorer(nn.Module):
         if features is None: features = self.net.features(x, lengths, patches)
         return self.net.score(features, lengths, a, b)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #608ad3d2
+# %% ../nbs/lib/36_ppi_train.ipynb #d6b9e957
 class PPITraining(Run):
     "One run of V5.2 (a V2 checkpoint) or V5 native (a V5 checkpoint) on a split of labelled pairs."
     def __init__(self,
@@ -130,6 +129,7 @@ class PPITraining(Run):
     def _logits(self, b): return self.model(**{k: v for k, v in b.items() if k not in ('label', 'index', 'own')})
     def loss(self, b): return self.overall([(F.binary_cross_entropy_with_logits(self._logits(b), b['label']), len(b['label']))], b.get('own', True))
     def names(self, b): return [f'{self.store.ids[self.pairs.a[i]]}-{self.store.ids[self.pairs.b[i]]}' for i in b['index'].tolist()]
+    def proteins(self, batches): return [int(v[i]) for b in batches for i in b.tolist() for v in (self.pairs.a, self.pairs.b)]
     def monitor(self, row): return -row['val_auroc']
     def rates(self, seconds): return dict(pairs_per_s=len(self.split.train)/seconds)
     def line(self, r): return f"val {r['val_loss']:.4f}  val AUROC {r['val_auroc']:.4f}  {r['pairs_per_s']:,.0f} pairs/s"
@@ -164,9 +164,10 @@ def ppi_folder(
     key = hashlib.sha256(json.dumps([arch, store.fingerprint, split.fingerprint, file_sha256(checkpoint) if checkpoint else '', c], sort_keys=True).encode()).hexdigest()[:6]
     return Path(root)/f'ppi-{arch}-{store.path.stem}-{split.kind}-seed{split.seed}-{key}'
 
-# %% ../nbs/lib/36_ppi_train.ipynb #348b9937
+# %% ../nbs/lib/36_ppi_train.ipynb #86381a2d
 def _load_weights(net, state, path, finetune):
-    missing, extra = net.load_state_dict(state, strict=False)
+    try: missing, extra = net.load_state_dict(state, strict=False)
+    except RuntimeError as e: raise ProtmaeError(f"{path} does not fit this classifier ({' '.join(str(e).split())[:200]}); was it trained on another encoder?") from None
     if extra or any(_kept(k, finetune) for k in missing): raise ProtmaeError(f"{path} does not fit this classifier (missing: {[k for k in missing if _kept(k, finetune)][:3]}, not expected: {extra[:3]}); was it written by another version?")
 
 def load_classifier(
@@ -176,13 +177,16 @@ def load_classifier(
     "A trained classifier, ready to use."
     state, about = read_tensors(path)
     if not about or 'encoder' not in about: raise ProtmaeError(f"{path} is no classifier of a PPI run; pass the best.safetensors that 04_train_ppi wrote")
+    try: c = config_for(**about['config']); check_sizes(path, {k: c[k] for k in ('embed_dim', 'n_heads', 'n_layers', 'lora_rank')}, state); about = about | {k: np.asarray(about[k], 'f4') for k in ('mean', 'std')} | dict(config=c, checkpoint=str(about['checkpoint']))
+    except (KeyError, TypeError, ValueError) as e: raise e if isinstance(e, ProtmaeError) else ProtmaeError(f"{path}: its description is not that of a PPI run ({type(e).__name__}: {e}); it is damaged") from None
     ck = Path(checkpoint or about['checkpoint'])
     if not ck.is_file(): raise ProtmaeError(f"{path} stands on the encoder {ck}, which is not there; pass checkpoint= with its place")
     if file_sha256(ck) != about['encoder']: raise ProtmaeError(f"{ck} is not the encoder that {path} was trained on (its sha256 differs); pass checkpoint= with the right file")
     model, meta = load_model(ck)
+    if not all(v.shape == (meta['sizes']['input_dim'],) and np.isfinite(v).all() for v in (about['mean'], about['std'])): raise ProtmaeError(f"{path}: its mean and std do not fit {meta['sizes']['input_dim']} inputs; it is damaged")
     net = make_classifier(model if meta['arch'] == 'v2' else model.encoder, about['config'])
     _load_weights(net, state, path, about['config']['finetune'])
-    return net.eval(), about | {k: np.asarray(about[k], 'f4') for k in ('mean', 'std')}
+    return net.eval(), about
 
 @torch.no_grad()
 def predict(
@@ -207,7 +211,7 @@ def predict(
         out.append(torch.sigmoid(_Scorer(net)(**batch).double()).cpu().numpy())
     return np.concatenate(out) if out else np.zeros(0)
 
-# %% ../nbs/lib/36_ppi_train.ipynb #df825afd
+# %% ../nbs/lib/36_ppi_train.ipynb #05b0c7ac
 def test_once(
     run, # `PPITraining`, trained
     resamples=1000, # of the bootstrap
@@ -215,10 +219,12 @@ def test_once(
 )->dict: # metrics with intervals, leakage, provenance
     "The test result of a finished run; computed at the first call, read at later ones."
     path = run.out/'test.json'
-    if path.exists(): return json.loads(path.read_text())
+    try:
+        if path.exists(): return json.loads(path.read_text())
+    except ValueError: raise ProtmaeError(f"{path} is not JSON any more; delete it to test this run again") from None
     if not (run.out/'best.safetensors').exists(): raise ProtmaeError(f"{run.out} has no trained weights yet; train first")
     net = run.acc.unwrap_model(run.model).net
-    _load_weights(net, load_file(run.out/'best.safetensors'), run.out/'best.safetensors', run.config['finetune'])
+    _load_weights(net, read_tensors(run.out/'best.safetensors')[0], run.out/'best.safetensors', run.config['finetune'])
     load = lambda idx: run.loader(run.data, EpochSampler(idx, run.config['batch_size'], None, shuffle=False))
     (vy, vp), (y, p) = (run.scores(load(i), i) for i in (run.split.val, run.split.test))
     m = evaluate(y, p, run.pairs.a[run.split.test], run.pairs.b[run.split.test], vy, vp, resamples, run.config['seed'])

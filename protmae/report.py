@@ -83,7 +83,7 @@ def page(
     text = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>{html.escape(title)}</title><style>{CSS}</style><body><h1>{html.escape(title)}</h1>{nav}{body}{draw}</body></html>"
     with atomic(path) as tmp: Path(tmp).write_text(text, encoding='utf-8')
 
-# %% ../nbs/lib/17_report.ipynb #53cbb707
+# %% ../nbs/lib/17_report.ipynb #cf123bd8
 def read_run(
     folder, # of a pretraining run
 )->dict:    # run.json, and its log under 'log'
@@ -91,6 +91,7 @@ def read_run(
     folder = Path(folder)
     try: return json.loads((folder/'run.json').read_text()) | dict(log=[json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()], folder=str(folder))
     except FileNotFoundError as e: raise ProtmaeError(f"{folder} holds no finished epoch ({Path(e.filename).name} is missing); train with 02_train_v2 or 03_train_v5 first") from None
+    except (OSError, ValueError, TypeError) as e: raise ProtmaeError(f"{folder}: run.json or log.jsonl cannot be read ({e}); the run is damaged, resume it or train again") from None
 
 def _summary(name, r):
     best = min((o for o in r['log'] if o['val_loss'] is not None), key=lambda o: o['val_loss'])

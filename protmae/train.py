@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'V2Task', 'V5Task', 'optimizer_for', 'warmup_cosine', 'stop_softly', 'make_config', 'check_config', 'OwnPart',
-           'Run', 'save_state', 'load_state', 'write_log', 'train_step', 'settle', 'fit', 'Pretraining', 'run_folder',
-           'pretrain']
+           'Run', 'save_state', 'load_state', 'write_log', 'train_step', 'settle', 'blame', 'check_weights', 'fit',
+           'Pretraining', 'run_folder', 'pretrain']
 
-# %% ../nbs/lib/15_train.ipynb #f7770426
-import hashlib, json, math, os, pickle, shutil, signal, threading, time
+# %% ../nbs/lib/15_train.ipynb #f4556bd0
+import hashlib, json, math, os, shutil, signal, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def check_config(
     c['seed'] = check_number('seed', c['seed'], 0, integer=True)
     return c
 
-# %% ../nbs/lib/15_train.ipynb #0a9a4262
+# %% ../nbs/lib/15_train.ipynb #7a56636d
 class OwnPart(Dataset):
     "What one of several processes reads of each batch: every n-th protein."
     def __init__(self, data, process, n): self.data, self.process, self.n = data, process, n
@@ -169,8 +169,8 @@ class Run:
         if int(os.environ.get('RANK', 0)): return              # one process decides for all
         if old.exists():
             if not self.resume: raise ProtmaeError(f"{self.out} holds a run already; pass resume=True to go on with it, or choose another folder")
-            try: was = json.loads(old.read_text())
-            except ValueError: raise ProtmaeError(f"{old} is not JSON any more; choose another folder") from None
+            try: was = json.loads(old.read_text()); was | {}
+            except (ValueError, TypeError): raise ProtmaeError(f"{old} is not JSON any more, or of no run; choose another folder") from None
             flat = lambda d: {(f'{k}.{j}' if isinstance(v, dict) else k): u for k, v in d.items() for j, u in (v.items() if isinstance(v, dict) else ((0, v),))}
             w, m = (json.loads(json.dumps(flat({k: d.get(k) for k in mine}))) for d in (was, mine))
             diff = [f"{k.removeprefix('config.')}: {w.get(k)!r}, now {m.get(k)!r}" for k in sorted(w.keys() | m.keys()) if w.get(k) != m.get(k)]
@@ -196,7 +196,7 @@ class Run:
         self.epoch = self.step = 0            # where we are: epoch, batch within it
         self.sums, self.seconds, self.history = [0., 0], 0., []
         self.best, self.stale = math.inf, 0
-        self.recent, self.lag = [], 32 if self.acc.device.type == 'cuda' else 1   # steps whose losses have not been looked at; how many may wait
+        self.group, self.recent, self.lag = [], [], 32 if self.acc.device.type == 'cuda' else 1   # steps whose losses have not been looked at; how many may wait
         self.resumed = load_state(self) if self.resume else False
     def loader(self, data, sampler):
         "Batches on the device: whole ones, or this process's part of each."
@@ -230,7 +230,7 @@ class Run:
     def say(self, text):
         if self.acc.is_main_process: print(text, flush=True)
 
-# %% ../nbs/lib/15_train.ipynb #60078006
+# %% ../nbs/lib/15_train.ipynb #3049cf7e
 def save_state(
     run, # `Run`
 ):
@@ -275,9 +275,34 @@ def load_state(
     if run.acc.is_main_process: _settle(run.out)
     run.acc.wait_for_everyone()
     if not (run.out/'state').exists(): return False
-    try: s, weights = torch.load(run.out/'state'/'state.pt', map_location='cpu', weights_only=True), load_file(run.out/'state'/'model.safetensors')
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise ProtmaeError(f"the state in {run.out/'state'} cannot be read ({str(e).splitlines()[0][:100]}); delete that folder to begin anew, best.safetensors stays") from None
+    try:
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); s = torch.load(run.out/'state'/'state.pt', map_location='cpu', weights_only=True)
+        weights = load_file(run.out/'state'/'model.safetensors'); _check_state(run, s, weights); _take_state(run, s, weights)
+    except Exception as e:
+        why = str(e) or type(e).__name__
+        raise ProtmaeError(f"the state in {run.out/'state'} cannot be read ({why.splitlines()[0][:160]}); delete that folder to begin anew, best.safetensors stays") from None
+    write_log(run)                                             # the log never runs ahead of the state
+    return True
+
+# what a run remembers of where it was, and of which kind
+_PLACE = dict(epoch=int, step=int, seconds=float, history=list, best=float, stale=int, sums=list)
+
+def _check_state(run, s, weights):
+    "Nothing but what `save_state` writes."
+    place = s['run']
+    if place.keys() != _PLACE.keys() or not all(isinstance(place[k], (t, int) if t is float else t) for k, t in _PLACE.items()): raise ValueError(f"it is at {place}, expected {', '.join(_PLACE)}")
+    if not (0 <= place['epoch'] <= run.config['epochs'] and 0 <= place['step'] < max(len(run.train_dl), 1) and len(place['sums']) == 2 and math.isfinite(sum(place['sums']))): raise ValueError('it is at no place of this run')
+    if len(place['history']) != place['epoch'] or not all(isinstance(r, dict) and r.get('epoch') == i and all(isinstance(v, (int, float, type(None))) for v in r.values()) for i, r in enumerate(place['history'], 1)): raise ValueError('its log has not a row of numbers for each epoch')
+    if s['schedule'].keys() != run.sched.state_dict().keys(): raise ValueError(f"its schedule holds {', '.join(map(str, s['schedule']))}")
+    if not run.spread:
+        o, own, ps = s['optimizer'], run.opt.optimizer.state_dict(), [p for g in run.opt.optimizer.param_groups for p in g['params']]
+        if len(o['param_groups']) != len(own['param_groups']) or any(g.keys() != w.keys() or g['params'] != w['params'] or any(type(g[k]) is not type(w[k]) for k in w) for g, w in zip(o['param_groups'], own['param_groups'])): raise ValueError('its optimiser has other groups')
+        for i, st in o['state'].items():
+            if st.keys() != {'step', 'exp_avg', 'exp_avg_sq'} or any(not torch.isfinite(v).all() or (k != 'step' and v.shape != ps[i].shape) for k, v in st.items()): raise ValueError(f'its optimiser does not fit weight {i}, or is not finite')
+    for k, v in weights.items():
+        if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{k} is not finite')
+
+def _take_state(run, s, weights):
     if run.spread:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         set_model_state_dict(run.model, weights, options=StateDictOptions(full_state_dict=True))
@@ -285,8 +310,6 @@ def load_state(
     _optimizer_state(run, s['optimizer']); run.sched.load_state_dict(s['schedule']); torch.set_rng_state(s['rng'])
     for k, v in s['run'].items(): setattr(run, k, v)
     run.sums = [x/run.acc.num_processes for x in run.sums]
-    write_log(run)                                             # the log never runs ahead of the state
-    return True
 
 def write_log(
     run, # `Run`
@@ -295,7 +318,7 @@ def write_log(
     if run.acc.is_main_process:
         with atomic(run.out/'log.jsonl') as tmp: Path(tmp).write_text(''.join(json.dumps(r) + '\n' for r in run.history))
 
-# %% ../nbs/lib/15_train.ipynb #3b956e16
+# %% ../nbs/lib/15_train.ipynb #e69ee985
 def train_step(
     run, # `Run`
     b,   # one batch
@@ -307,10 +330,10 @@ def train_step(
         loss, n = run.backward(b)
         norm = run.acc.clip_grad_norm_(run.model.parameters(), c['clip']) if run.acc.sync_gradients else torch.zeros((), device=loss.device)
         if hasattr(norm, 'full_tensor'): norm = norm.full_tensor()          # spread over processes (FSDP): all of them take part
-        run.recent.append((loss.detach(), norm, n, run.step + 1, b['index']))
+        run.group.append(b['index']); run.recent.append((loss.detach(), norm, n, run.step + 1, (run.group, len(run.group) - 1)))
         if len(run.recent) >= run.lag: settle(run)
         run.opt.step()
-        if run.acc.sync_gradients: run.sched.step()
+        if run.acc.sync_gradients: run.sched.step(); run.group = []
         run.opt.zero_grad()
 
 def settle(
@@ -318,15 +341,29 @@ def settle(
 ):
     "Add up the losses of the steps since the last call; raise at the first one that is not finite."
     if not run.recent: return
-    *numbers, steps, index = zip(*run.recent); run.recent = []
+    *numbers, steps, places = zip(*run.recent); run.recent = []
     numbers = torch.stack([torch.stack([torch.as_tensor(v, dtype=torch.float64, device=numbers[0][0].device) for v in vs]) for vs in numbers]).tolist()     # one wait for all of them
-    for value, norm, n, step, idx in zip(*numbers, steps, index):
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise ProtmaeError(f"loss {value}, gradient norm {norm} at epoch {run.epoch + 1}, step {step}; nothing was written since the last checkpoint. "
-                               f"Of the batch: {', '.join(run.names(dict(index=idx))[:40])}. Look at their embeddings, or lower lr ({run.config['lr']})")
-        run.sums = [run.sums[0] + value*n, run.sums[1] + n]
+    for value, norm, n, step, (group, k) in zip(*numbers, steps, places):
+        if math.isfinite(value) and math.isfinite(norm): run.sums = [run.sums[0] + value*n, run.sums[1] + n]; continue
+        batches = group if math.isfinite(value) else [group[k]]; names = [n for i in batches for n in run.names(dict(index=i))]
+        raise ProtmaeError(f"loss {value}, gradient norm {norm} at epoch {run.epoch + 1}, step {step}; nothing was written since the last checkpoint. Of the batch: {', '.join(names[:40])}{f' and {len(names) - 40:,} more' if len(names) > 40 else ''}. {blame(run, batches)}")
 
-# %% ../nbs/lib/15_train.ipynb #820ecc29
+def blame(
+    run,     # `Run`
+    batches, # what stood in them (`index`)
+)->str:
+    "Whose embeddings are at fault, or that they are not."
+    bad = [run.store.ids[i] for i in dict.fromkeys(run.proteins(batches)) if not np.isfinite(run.store[i]).all()]
+    return f"The embeddings of {', '.join(bad[:40])} hold NaN or infinity: embed them again" if bad else f"Their embeddings are numbers; lower lr ({run.config['lr']})"
+
+def check_weights(
+    run, # `Run`
+):
+    "Raise unless every weight is a number: asked before anything is written."
+    for k, p in run.model.named_parameters():
+        if not torch.isfinite(p.to_local() if hasattr(p, 'to_local') else p).all(): raise ProtmaeError(f"the weights {k} are not finite after epoch {run.epoch + 1}, step {run.step}; nothing was written since the last checkpoint. Lower lr ({run.config['lr']})")
+
+# %% ../nbs/lib/15_train.ipynb #f1b2d9c6
 def fit(
     run, # `Run`
 )->list: # the log: a dict per epoch
@@ -354,7 +391,7 @@ def _epoch(run, stop, bar):
         now = time.perf_counter()
         halt, due = run.agreed(stop, now - saved > 60*run.save_minutes)
         if (halt or due) and run.acc.sync_gradients and run.step < len(run.train_dl):   # not between accumulated batches
-            settle(run); run.seconds += now - t; t = saved = now; save_state(run)
+            settle(run); run.seconds += now - t; t = saved = now; check_weights(run); save_state(run)
             if halt: _interrupted(run)
     settle(run); run.seconds += time.perf_counter() - t
     _finish_epoch(run)
@@ -364,10 +401,11 @@ def _interrupted(run):
     raise KeyboardInterrupt
 
 def _finish_epoch(run):
-    c, t = run.config, time.perf_counter()
+    c, t = run.config, time.perf_counter(); check_weights(run)
     sums = run.acc.reduce(torch.tensor(run.sums, dtype=torch.float64, device=run.acc.device), 'sum').tolist()   # a mean over all values, not of batches
     run.model.eval(); found = run.validate(); run.model.train()
     row = dict(epoch=run.epoch + 1, train_loss=sums[0]/sums[1]) | found
+    if not math.isfinite(row['val_loss'] + run.monitor(row)): raise ProtmaeError(f"the validation loss after epoch {run.epoch + 1} is {row['val_loss']}; nothing was written since the last checkpoint. {blame(run, [torch.as_tensor(i) for i in run.val_dl.batch_sampler])}")
     row |= dict(lr=run.sched.get_last_lr()[0], seconds=run.seconds, val_seconds=time.perf_counter() - t) | run.rates(run.seconds)
     run.history.append(row)
     better = run.monitor(row) < run.best
@@ -381,7 +419,7 @@ def _finish_epoch(run):
         left = (c['epochs'] - row['epoch'])*np.mean([r['seconds'] + r['val_seconds'] for r in run.history[-5:]])
         run.say(f"epoch {row['epoch']}/{c['epochs']}  train {row['train_loss']:.4f}  {run.line(row)}  ETA {_hms(left)}")
 
-# %% ../nbs/lib/15_train.ipynb #dd8ca1f5
+# %% ../nbs/lib/15_train.ipynb #cf1f703b
 class Pretraining(Run):
     "One pretraining run: `TransformerMAE` or `MAEV5` on a store."
     def __init__(self,
@@ -427,6 +465,7 @@ class Pretraining(Run):
             part = sum(t*w for (t, _), w in zip(terms, n/total)); self.acc.backward(part); loss = loss + part.detach()
         return loss, total[0]
     def names(self, b): return [self.store.ids[i] for i in b['index'].tolist()]
+    def proteins(self, batches): return [i for b in batches for i in b.tolist()]
     def monitor(self, row): return row['val_loss']
     def rates(self, seconds): return dict(proteins_per_s=len(self.train_idx)/seconds, residues_per_s=float(self.store.lengths[self.train_idx].sum())/seconds)
     def line(self, r): return f"val {r['val_loss']:.4f}  skill {r['skill']:+.3f} (mean {r['skill_mean']:+.3f})  {r['proteins_per_s']:,.1f} proteins/s  {r['residues_per_s']:,.0f} residues/s"

@@ -116,7 +116,7 @@ def map_numbers(
                 agreement_vectors=knn_agreement(x, y, ask=ask), agreement_map=knn_agreement(maps[name], y, ask=ask), silhouette_vectors=_silhouette(x[pick], y[pick], seed), silhouette_map=_silhouette(maps[name][pick], y[pick], seed)))
     return out
 
-# %% ../nbs/lib/19_umap.ipynb #5280d2aa
+# %% ../nbs/lib/19_umap.ipynb #111a858a
 REST = '#bbbbbb'
 
 def _colours(column):
@@ -139,16 +139,16 @@ def umap_figure(
     "The maps side by side, coloured by any column."
     columns = [c for c in info.columns if c != 'id']; colour = columns[-1] if colour is None else colour
     if colour not in columns: raise ProtmaeError(f"colour is {colour!r}; expected one of {', '.join(columns)}")
-    fig = make_subplots(1, len(maps), subplot_titles=list(maps), horizontal_spacing=.03)
+    fig = make_subplots(1, len(maps), subplot_titles=[html.escape(m) for m in maps], horizontal_spacing=.03)
     shown = [[html.escape('' if pd.isna(v) else str(v))[:80] for v in r] for r in info[['id', *columns]].itertuples(index=False)]
     hover = '<b>%{customdata[0]}</b><br>' + '<br>'.join(f'{html.escape(str(c))}: %{{customdata[{k + 1}]}}' for k, c in enumerate(columns)) + '<extra></extra>'
     values = {c: _colours(info[c]) for c in columns}; size = float(np.clip(220/np.sqrt(len(info)), 2.5, 8))
     for k, (name, at) in enumerate(maps.items()):
-        fig.add_trace(go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', name=name, customdata=shown, hovertemplate=hover, marker=dict(size=size, color=values[colour][0], coloraxis='coloraxis'),
+        fig.add_trace(go.Scattergl(x=at[:, 0], y=at[:, 1], mode='markers', name=html.escape(name), customdata=shown, hovertemplate=hover, marker=dict(size=size, color=values[colour][0], coloraxis='coloraxis'),
             selected_marker_opacity=1, unselected_marker_opacity=.08), 1, k + 1)
     fig.update_xaxes(showticklabels=False, zeroline=False, title_text='UMAP 1'); fig.update_yaxes(showticklabels=False, zeroline=False); fig.update_yaxes(title_text='UMAP 2', col=1)
     plain = lambda axis: {'coloraxis.' + k: v for k, v in axis.items() if k != 'colorbar'} | {f'coloraxis.colorbar.{k}': v for k, v in axis['colorbar'].items()}
-    buttons = [dict(label=str(c), method='update', args=[{'marker.color': [v.tolist()]*len(maps)}, plain(axis)]) for c, (v, axis) in values.items()]
+    buttons = [dict(label=html.escape(str(c)), method='update', args=[{'marker.color': [v.tolist()]*len(maps)}, plain(axis)]) for c, (v, axis) in values.items()]
     fig.update_layout(template='plotly_white', autosize=True, height=520 if len(columns) > 1 else 460, margin=dict(t=90 if len(columns) > 1 else 30, b=40, l=40, r=10), dragmode='lasso', showlegend=False, coloraxis=values[colour][1],
         updatemenus=[dict(buttons=buttons, active=columns.index(colour), x=0, xanchor='left', y=1.12, yanchor='bottom', pad=dict(l=70))] if len(columns) > 1 else [],
         annotations=[*fig.layout.annotations, dict(text='colour by', x=0, y=1.17, xref='paper', yref='paper', showarrow=False, xanchor='left', yanchor='middle')] if len(columns) > 1 else fig.layout.annotations)
