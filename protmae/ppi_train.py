@@ -164,7 +164,7 @@ def ppi_folder(
     key = hashlib.sha256(json.dumps([arch, store.fingerprint, split.fingerprint, file_sha256(checkpoint) if checkpoint else '', c], sort_keys=True).encode()).hexdigest()[:6]
     return Path(root)/f'ppi-{arch}-{store.path.stem}-{split.kind}-seed{split.seed}-{key}'
 
-# %% ../nbs/lib/36_ppi_train.ipynb #86381a2d
+# %% ../nbs/lib/36_ppi_train.ipynb #f16d50b5
 def _load_weights(net, state, path, finetune):
     try: missing, extra = net.load_state_dict(state, strict=False)
     except RuntimeError as e: raise ProtmaeError(f"{path} does not fit this classifier ({' '.join(str(e).split())[:200]}); was it trained on another encoder?") from None
@@ -177,7 +177,7 @@ def load_classifier(
     "A trained classifier, ready to use."
     state, about = read_tensors(path)
     if not about or 'encoder' not in about: raise ProtmaeError(f"{path} is no classifier of a PPI run; pass the best.safetensors that 04_train_ppi wrote")
-    try: c = config_for(**about['config']); check_sizes(path, {k: c[k] for k in ('embed_dim', 'n_heads', 'n_layers', 'lora_rank')}, state); about = about | {k: np.asarray(about[k], 'f4') for k in ('mean', 'std')} | dict(config=c, checkpoint=str(about['checkpoint']))
+    try: c = config_for(**about['config']); check_sizes(path, {k: c[k] for k in ('n_layers', *['embed_dim']*(about.get('arch') == 'v5.2'), *['lora_rank']*(c['finetune'] == 'lora'))}, state); about = about | {k: np.asarray(about[k], 'f4') for k in ('mean', 'std')} | dict(config=c, checkpoint=str(about['checkpoint']))
     except (KeyError, TypeError, ValueError) as e: raise e if isinstance(e, ProtmaeError) else ProtmaeError(f"{path}: its description is not that of a PPI run ({type(e).__name__}: {e}); it is damaged") from None
     ck = Path(checkpoint or about['checkpoint'])
     if not ck.is_file(): raise ProtmaeError(f"{path} stands on the encoder {ck}, which is not there; pass checkpoint= with its place")

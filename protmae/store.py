@@ -138,7 +138,7 @@ class Joined:
     def close(self):
         for p in self.parts: p.close()
 
-# %% ../nbs/lib/02_store.ipynb #8e1078b1
+# %% ../nbs/lib/02_store.ipynb #601f9391
 FORMAT_VERSION = 1
 _text = lambda d: [o.decode('utf-8') if isinstance(o, bytes) else str(o) for o in d[:]]
 
@@ -161,9 +161,9 @@ class EmbeddingStore:
         if np.ndim(version) or version is None or version != FORMAT_VERSION: raise ProtmaeError(f"{path} has format version {version}; this protmae reads version {FORMAT_VERSION}; use the protmae that wrote it or embed again")
         offsets, done, ids, seqs, checks = (_own(f, k, t) for k, t in (('offsets', '<i8'), ('done', 'u1'), ('ids', 'text'), ('sequences', 'text'), ('checksums', '<u8')))
         _own(f, 'moments', '<f4'); self._rows = Rows(f, 'residues'); n = ids.size
+        if self._rows.dtype != np.float16 or len(self._rows.shape) != 2: raise ProtmaeError(f"{path}: residues are {self._rows.dtype} {self._rows.shape}; expected float16 (rows, D)")
         for name, got, want in (('offsets', offsets.shape, (n+1,)), ('ids', ids.shape, (n,)), ('done', done.shape, (n,)), ('sequences', seqs.shape, (n,)), ('checksums', checks.shape, (n,)), ('moments', f['moments'].shape, (n, 2, self._rows.shape[1]))):
             if got != want: raise ProtmaeError(f"{path}: {name} has shape {got}; expected {want}")
-        if self._rows.dtype != np.float16 or len(self._rows.shape) != 2: raise ProtmaeError(f"{path}: residues are {self._rows.dtype} {self._rows.shape}; expected float16 (rows, D)")
         offsets, keep, ids, seqs = offsets[:], np.flatnonzero(done[:]), _text(ids), _text(seqs)
         if len(set(ids)) != n: raise ProtmaeError(f"{path}: {n - len(set(ids))} ids occur more than once; each protein needs its own")
         step = np.diff(offsets); bad = np.flatnonzero((step < 1) | (step > MAX_LEN))

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['protein_vectors']
 
-# %% ../nbs/lib/22_vectors.ipynb #3d3585c6
+# %% ../nbs/lib/22_vectors.ipynb #01c251ec
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .batches import PatchBatches, ResidueBatches
@@ -22,7 +21,7 @@ from .patches import PatchCache, n_patches, patch_bounds
 from .tokens import TokenCache, encoder_digest
 from .v5 import real_patches
 
-# %% ../nbs/lib/22_vectors.ipynb #21a5f74f
+# %% ../nbs/lib/22_vectors.ipynb #d7cc1a7a
 def _encode(model, arch, b):
     "Vectors of one batch."
     if arch == 'v2':
@@ -42,9 +41,10 @@ def _pool(tokens, idx, v2):
         for k, v in got.items(): out.setdefault(k, []).append(v.float())
     return {k: torch.cat(v).numpy() for k, v in out.items()}
 
-def _cached(path):
-    try: return load_file(path)
-    except (OSError, SafetensorError): return {}
+def _cached(path, n, names):
+    try: kept = load_file(path)
+    except Exception: return {}                                # made anew, as is one that holds anything else
+    return kept if kept.keys() == {'done', *names} and all(len(v) == n and torch.isfinite(v).all() for v in kept.values()) else {}
 
 @torch.no_grad()
 def protein_vectors(
@@ -66,8 +66,8 @@ def protein_vectors(
     if tokens: return _pool(tokens, idx, model if v2 else None)
     key = encoder_digest(model if v2 else model.encoder, meta['mean'], meta['std'], way)
     path = Path(path or store.path.with_suffix(f'.vectors-{key}-{store.fingerprint}.safetensors'))
-    kept = _cached(path)
-    done = kept['done'].bool() if kept.get('done') is not None and len(kept['done']) == len(store) else torch.zeros(len(store), dtype=torch.bool)
+    kept = _cached(path, len(store), ('compressed' if v2 else 'cls', 'mean'))
+    done = kept['done'].bool() if kept else torch.zeros(len(store), dtype=torch.bool)
     todo = np.unique(idx[~done[idx].numpy()])
     if len(todo):
         if not done.any(): kept = {}
