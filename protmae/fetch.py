@@ -123,7 +123,7 @@ def _refuse_stand_in(path, url):
     what = 'a web page' if start.startswith((b'<!doctype', b'<html')) else 'a Git LFS pointer' if start.startswith(b'version https://git-lfs') else 'nothing (0 bytes)' if not start else None
     if what: path.unlink(); raise ProtmaeError(f"{url} sent {what} instead of the file; download it by hand")
 
-# %% ../nbs/lib/30_fetch.ipynb #bff4d7f8
+# %% ../nbs/lib/30_fetch.ipynb #08b6e984
 def download(
     url,          # http or https
     path,         # where the file shall stand
@@ -133,6 +133,8 @@ def download(
     "Download one file: resumed, checked, then named. Raises `ProtmaeError`; after a cut connection the same call goes on."
     path = Path(path); part = path.with_name(path.name + '.part')
     path.parent.mkdir(parents=True, exist_ok=True)
+    for f in (part, Path(f'{part}.json')):
+        if f.is_symlink(): f.unlink()                  # nothing is written through a link that somebody left here
     for left in range(check_number('tries', tries, 1, integer=True) - 1, -1, -1):
         try:
             if _receive(url, part): break

@@ -17,7 +17,7 @@ from .ppi_metrics import compare, roc_figure
 from .report import page, table
 from .splits import LEAKS
 
-# %% ../nbs/lib/37_ppi_report.ipynb #c3533498
+# %% ../nbs/lib/37_ppi_report.ipynb #e5d17681
 NETWORKS = 'v5', 'v5.2'
 
 def read_results(
@@ -26,15 +26,18 @@ def read_results(
     "What `04_train_ppi` wrote."
     out = []
     for f in map(Path, folders):
-        try: t, z = json.loads((f/'test.json').read_text()), np.load(f/'test_scores.npz', allow_pickle=False)
+        try: out.append(_read_result(f))
         except FileNotFoundError as e: raise ProtmaeError(f"{f} holds no test result ({Path(e.filename).name} is missing); run 04_train_ppi to its end") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise ProtmaeError(f"{f}: test.json or test_scores.npz cannot be read ({e}); the result is damaged, run 04_train_ppi again") from None
-        name = t['arch'] if t['arch'] in (*NETWORKS, 'degree') else f"{t['arch']}, {WHAT.get((_encoder_of(t), t['vectors']), t['vectors'])}"
-        if t['arch'] in NETWORKS and t['config']['finetune']: name += f", {'LoRA' if t['config']['finetune'] == 'lora' else 'fine-tuned'}"
-        out.append(t | dict(system=name, folder=f.name) | {k: z[k] for k in ('label', 'score', 'a', 'b')})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e: raise ProtmaeError(f"{f}: test.json or test_scores.npz cannot be read ({type(e).__name__}: {e}); the result is damaged, run 04_train_ppi again") from None
     twice = {k for k in ((o['system'], o['kind'], o['seed']) for o in out) if sum((o['system'], o['kind'], o['seed']) == k for o in out) > 1}
     if twice: raise ProtmaeError(f"more than one run of {', '.join(map(str, sorted(twice)))}; pass one folder for each system, split and seed")
     return out
+
+def _read_result(f):
+    t = json.loads((f/'test.json').read_text()); name = t['arch'] if t['arch'] in (*NETWORKS, 'degree') else f"{t['arch']}, {WHAT.get((_encoder_of(t), t['vectors']), t['vectors'])}"
+    if t['kind'] not in LEAKS: raise ValueError(f"{t['kind']!r} is no kind of split")
+    if t['arch'] in NETWORKS and t['config']['finetune']: name += f", {'LoRA' if t['config']['finetune'] == 'lora' else 'fine-tuned'}"
+    with np.load(f/'test_scores.npz', allow_pickle=False) as z: return t | dict(system=name, folder=f.name) | {k: z[k] for k in ('label', 'score', 'a', 'b')}
 
 def _encoder_of(t): return None if t['checkpoint'] is None else 'v5' if t['vectors'] == 'cls' else 'v2' if t['vectors'] == 'compressed' else Path(t['checkpoint']).parent.name.split('-')[0]
 WHAT = {(None, 'embedding'): 'mean embedding', ('v5', 'cls'): 'V5 CLS', ('v5', 'mean'): 'V5 mean token', ('v2', 'compressed'): 'V2 compressed', ('v2', 'mean'): 'V2 mean token'}
