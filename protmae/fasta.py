@@ -28,7 +28,7 @@ def record_id(
     m = re.match(r'(?:sp|tr)\|([^|]+)\|', word)
     return m.group(1) if m else word
 
-# %% ../nbs/lib/01_fasta.ipynb #ba02e782
+# %% ../nbs/lib/01_fasta.ipynb #5f77e9c2
 def _text(path):
     path = Path(path)
     if path.is_dir(): raise ProtmaeError(f"{path} is a folder; expected a FASTA file")
@@ -47,15 +47,17 @@ def _text(path):
 
 def _read_table(path, lines, skip):
     sep = next((s for s in '\t|,' if s in lines[skip]), None)
-    row = lambda l: [c.strip() for c in next(csv.reader([l], delimiter=sep))]
-    head = [h.lower() for h in row(lines[skip])] if sep else []
+    def row(l, n):
+        try: return [c.strip() for c in (next(csv.reader([l], delimiter=sep)) if '"' in l else l.split(sep))]     # csv takes no cell of more than 131,072 letters
+        except csv.Error as e: raise ProtmaeError(f"{path} line {n}: {e}; expected cells without quotes, or in one pair of them") from None
+    head = [h.lower() for h in row(lines[skip], skip + 1)] if sep else []
     if 'sequence' not in head or len(head) < 2:
         raise ProtmaeError(f"{path} line {skip + 1}: found {lines[skip][:60]!r}; expected a FASTA header starting with '>', "
                            "or a table whose header names a 'sequence' column")
     s = head.index('sequence'); i = 0 if s else 1
     for n, line in enumerate(lines[skip+1:], skip + 2):
         if not line.strip(): continue
-        cells = row(line)
+        cells = row(line, n)
         if len(cells) != len(head): raise ProtmaeError(f"{path} line {n}: {len(cells)} columns; expected {len(head)} as in the header")
         yield Record(cells[i], cells[s], n)
 

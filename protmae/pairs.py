@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Pairs', 'read_pairs']
 
-# %% ../nbs/lib/31_pairs.ipynb #32f0cfc1
-import csv, gzip, hashlib, io, re, zlib
+# %% ../nbs/lib/31_pairs.ipynb #b35aa9b3
+import csv, gzip, hashlib, io, re, warnings, zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,7 +89,7 @@ def _find_columns(cells, columns, where):
 
 _LABEL = {'0': 0, '1': 1, '0.0': 0, '1.0': 1, 'false': 0, 'true': 1}
 
-# %% ../nbs/lib/31_pairs.ipynb #773ca8aa
+# %% ../nbs/lib/31_pairs.ipynb #3fd7ef4e
 def _table_text(path):
     path = Path(path)
     try:
@@ -110,9 +110,12 @@ def _frame(path, columns):
     if not n: raise ProtmaeError(f"{path} is empty; expected lines of id, id, label")
     sep = _separator(first); cells = _cells(first, sep)
     roles, header = _find_columns(cells, columns, f'{path} line {n}')
-    try: t = pd.read_csv(io.StringIO(text), sep=sep, header=None, names=range(len(cells)), index_col=False, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, skip_blank_lines=False, skiprows=n if header else n - 1, on_bad_lines='error')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', pd.errors.ParserWarning)                     # that is how pandas drops cells behind the last column
+            t = pd.read_csv(io.StringIO(text), sep=sep, header=None, names=range(len(cells)), index_col=False, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, skip_blank_lines=False, skiprows=n if header else n - 1, on_bad_lines='error')
     except pd.errors.EmptyDataError: t = pd.DataFrame(columns=range(len(cells)), dtype=str)
-    except pd.errors.ParserError as e: _ragged(path, text, sep, len(cells)); raise ProtmaeError(f"{path} cannot be read as a table: {e}") from None
+    except (ValueError, OverflowError, pd.errors.ParserWarning) as e: _ragged(path, text, sep, len(cells)); raise ProtmaeError(f"{path} cannot be read as a table: {e}; expected {len(cells)} columns in each line") from None
     t.index += n + header
     if len(t): t = t.fillna('').apply(lambda c: c.str.strip(' \t"'))
     t = t[~(t[0].str.startswith('#') | (t == '').all(axis=1))] if len(t) else t

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'WHAT', 'read_results', 'against', 'dots', 'split_section', 'ppi_report']
 
-# %% ../nbs/lib/37_ppi_report.ipynb #c843e085
-import html, json, zipfile
+# %% ../nbs/lib/37_ppi_report.ipynb #626f07a2
+import html, json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from .ppi_metrics import compare, roc_figure
 from .report import page, table
 from .splits import LEAKS
 
-# %% ../nbs/lib/37_ppi_report.ipynb #e5d17681
+# %% ../nbs/lib/37_ppi_report.ipynb #4b922800
 NETWORKS = 'v5', 'v5.2'
 
 def read_results(
@@ -28,7 +28,7 @@ def read_results(
     for f in map(Path, folders):
         try: out.append(_read_result(f))
         except FileNotFoundError as e: raise ProtmaeError(f"{f} holds no test result ({Path(e.filename).name} is missing); run 04_train_ppi to its end") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e: raise ProtmaeError(f"{f}: test.json or test_scores.npz cannot be read ({type(e).__name__}: {e}); the result is damaged, run 04_train_ppi again") from None
+        except Exception as e: raise ProtmaeError(f"{f}: test.json or test_scores.npz cannot be read ({type(e).__name__}: {e}); the result is damaged, run 04_train_ppi again") from None
     twice = {k for k in ((o['system'], o['kind'], o['seed']) for o in out) if sum((o['system'], o['kind'], o['seed']) == k for o in out) > 1}
     if twice: raise ProtmaeError(f"more than one run of {', '.join(map(str, sorted(twice)))}; pass one folder for each system, split and seed")
     return out

@@ -6,8 +6,8 @@
 __all__ = ['LEAKS', 'Split', 'save_split', 'load_split', 'own_split', 'random_split', 'protein_split', 'find_mmseqs',
            'sequences_of', 'cluster_proteins', 'cluster_split', 'make_split']
 
-# %% ../nbs/lib/32_splits.ipynb #2170d514
-import hashlib, json, shutil, subprocess, tempfile, zipfile
+# %% ../nbs/lib/32_splits.ipynb #2745a3f6
+import hashlib, json, shutil, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Split:
         return self
     def __repr__(self): return f'{self.kind} split, seed {self.seed}: {len(self.train):,} train, {len(self.val):,} validation, {len(self.test):,} test pairs, {self.n - len(self.train) - len(self.val) - len(self.test):,} left out; {self.fingerprint}; leaks {self.leaks}'
 
-# %% ../nbs/lib/32_splits.ipynb #7b8a50b5
+# %% ../nbs/lib/32_splits.ipynb #c89f04a5
 def save_split(
     split, # `Split`
     path,  # .npz to write
@@ -70,7 +70,7 @@ def load_split(
         want = meta.pop('fingerprint'); split = Split(**parts, **meta)
     except FileNotFoundError: raise ProtmaeError(f"there is no split at {path}; make one with `make_split` and `save_split`") from None
     except ProtmaeError: raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e: raise ProtmaeError(f"{path} is not a saved split ({type(e).__name__}: {e}); make it again") from None
+    except Exception as e: raise ProtmaeError(f"{path} is not a saved split ({type(e).__name__}: {e}); make it again") from None
     if split.fingerprint != want: raise ProtmaeError(f"{path}: its content has fingerprint {split.fingerprint}, not {want} as it says; the file is damaged, make it again")
     return split if pairs is None else split.check(pairs)
 
