@@ -5,11 +5,11 @@
 A tiny store (4 proteins, SYNTHETIC numbers) is damaged in memory, a different way for each seed (bits, runs of bytes, blocks moved or swapped, the end cut
 off, fields of the HDF5 structure set to telling values), written to a RAM disk where there is one, opened, verified, and read as a batch. Right is: a
 `ProtmaeError`; or `verify` passes and ids, sequences, lengths, rows and moments are those of the store before. Wrong is everything else: another
-exception, other numbers, a run of more than `--timeout` seconds, more than 1 GB of memory, a death of the process inside the HDF5 library. Runs are done in processes of
-their own, so that a death or a hang costs one of them and is put down to its seed. Ctrl-C writes the figures so far; the same command with --resume goes on.
+exception, other numbers, a run of more than `--timeout` seconds, a death of the process inside the HDF5 library (which gets no more than 1 GB of memory). Runs are done in processes of
+their own, so that a death or a hang costs one of them and is put down to its seed. The figures are written after every --chunk runs; after a Ctrl-C the same command with --resume goes on.
 `--replay SEED ...` shows what given seeds do, in a process of their own each.
 """
-import argparse, collections, contextlib, hashlib, io, json, multiprocessing as mp, os, random, resource, signal, struct, sys, tempfile, time
+import argparse, collections, contextlib, io, json, multiprocessing as mp, os, random, resource, signal, sys, tempfile, time
 from pathlib import Path
 
 import h5py
