@@ -144,7 +144,7 @@ def main(argv=None):
     p.add_argument('--out', default='reports/bench/fuzz.json'); p.add_argument('--resume', action='store_true', help='go on with the figures in --out'); p.add_argument('--replay', type=int, nargs='+')
     a = p.parse_args(argv)
     if a.replay:
-        for s in a.replay: print(s, *fuzz(s, s + 1, timeout=a.timeout, show=False)[1] or 'right')
+        for s in a.replay: print(s, *fuzz(s, s + 1, timeout=a.timeout, show=False)[1] or ['right'])
         return 0
     out, same = Path(a.out), dict(seed=a.seed, h5py=h5py.__version__, hdf5=h5py.version.hdf5_version)
     got = dict(what='a tiny SYNTHETIC store, damaged in a different way by each seed: opened, verified, read', **same, runs=0, seconds=0., fates=dict.fromkeys(FATES, 0), failures=[])
