@@ -1,12 +1,15 @@
-"""A real browser on real pages: JupyterLab runs 01_explore_masking and its slider is moved; HTML pages open with the network cut.
+"""A real browser on real pages: JupyterLab runs 01_explore_masking and its slider is moved, and 06_umap, where points are chosen; HTML pages open with the network cut.
 
-python .ci/browser.py CHECKOUT    (it runs notebooks there, so .ci/test.py gives it a copy)
+python .ci/browser.py CHECKOUT [WORD ...]    (it runs notebooks there, so .ci/test.py gives it a copy; with words: only tests whose names hold them all)
 Prints a line per test; exit status 1 if one failed, 75 if there is no browser to test with."""
 import os, secrets, shutil, socket, subprocess, sys, tempfile, time
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 root = Path(sys.argv[1] if len(sys.argv) > 1 else '.').resolve(); nbs = root/'nbs'
 bin, keep = Path(sys.executable).parent, os.environ.get('BROWSER_SHOTS')   # a folder to keep screenshots in
+PATHS = os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])
 NAMES = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
 
 def skip(why): print(f'SKIPPED the browser tests: {why}'); sys.exit(75)
@@ -41,7 +44,7 @@ def lab(tmp):
     (settings/'tracker.jupyterlab-settings').write_text('{"windowingMode": "none"}')            # every cell in the page, seen or not
     (other := tmp/'settings'/'@jupyterlab'/'apputils-extension').mkdir(); (other/'notification.jupyterlab-settings').write_text('{"fetchNews": "false"}')
     env = os.environ | dict(JUPYTER_TOKEN=token, JUPYTERLAB_SETTINGS_DIR=str(tmp/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(tmp/'ws'), JUPYTER_CONFIG_DIR=str(tmp/'config'), JUPYTER_RUNTIME_DIR=str(tmp/'run'),
-        PYTHONPATH=str(root), PATH=f'{bin}:{os.environ["PATH"]}')
+        PYTHONPATH=PATHS, PATH=f'{bin}:{os.environ["PATH"]}')
     env.pop('IN_TEST', None)
     log = open(tmp/'lab.log', 'w')
     p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={nbs}'], env=env, stdout=log, stderr=log)
@@ -66,12 +69,13 @@ def check_drawn(page, where):
 def shot(page, name):
     if keep: Path(keep).mkdir(parents=True, exist_ok=True); page.screenshot(path=str(Path(keep)/f'{name}.png'))
 
-def explore(b, tmp):
-    "01_explore_masking in JupyterLab: run all, no error, move the slider, the figure changes."
-    server, url, token = lab(tmp)
+@contextmanager
+def notebook(b, tmp, name, ready):
+    "A notebook in JupyterLab, all of it run; yields its page and what gives its errors once `ready(page)` is true."
+    (tmp := tmp/name).mkdir(); server, url, token = lab(tmp); page = None
     try:
         page = b.new_page(viewport=dict(width=1400, height=1500))
-        page.goto(f'{url}/lab/tree/01_explore_masking.ipynb?reset&token={token}'); page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=120_000)
+        page.goto(f'{url}/lab/tree/{name}.ipynb?reset&token={token}'); page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=120_000)
         until('the kernel', lambda: '| Idle' in page.locator('#jp-main-statusbar').inner_text(), 120); time.sleep(2)
         def started():                                        # asked too early, JupyterLab does nothing, or asks which kernel
             if (ask := page.locator('.jp-Dialog .jp-mod-accept')).count(): ask.first.click(); time.sleep(2)
@@ -79,11 +83,20 @@ def explore(b, tmp):
             return any(p.strip() not in ('', '[ ]:') for p in page.locator('.jp-InputPrompt').all_inner_texts())
         until('the first cell', started, 120)
         errors = lambda: page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts() + [t for t in page.locator('.jp-OutputArea-output').all_inner_texts() if any(w in t for w in ('Error displaying widget', 'Error creating widget', 'not JSON compliant', 'Traceback'))]
-        def ready():
+        def done():
             assert not errors(), f'error in the notebook: {errors()[0][-1500:]}'
-            return page.locator('.widget-slider .noUi-handle').count() and page.locator('.jupyter-widgets .js-plotly-plot .gtitle').count()
-        try: until('the sliders', ready, 600)
+            return ready(page)
+        try: until(f'{name} to run', done, 600)
         except AssertionError as e: raise AssertionError(f"{e}; cells: {' '.join(page.locator('.jp-InputPrompt').all_inner_texts())}; last output: {''.join(page.locator('.jp-OutputArea-output').all_inner_texts()[-1:])[-500:]}") from None
+        yield page, errors
+        assert not errors(), errors()[0][-1500:]
+        page.close()
+    except Exception: shot(page, f'{name}_failed') if page else None; raise
+    finally: server.terminate(); server.wait(30)
+
+def explore(b, tmp):
+    "01_explore_masking in JupyterLab: run all, no error, move the slider, the figure changes."
+    with notebook(b, tmp, '01_explore_masking', lambda page: page.locator('.widget-slider .noUi-handle').count() and page.locator('.jupyter-widgets .js-plotly-plot .gtitle').count()) as (page, errors):
         n = check_drawn(page, '01_explore_masking'); assert n >= 5, f'{n} figures, expected 2 static ones for each of two models, and the one with sliders'
         fig = page.locator('.jupyter-widgets .js-plotly-plot').last; fig.scroll_into_view_if_needed()
         state = lambda: (fig.locator('.gtitle').text_content(), fig.locator('.heatmaplayer image').evaluate_all('xs => xs.map(x => x.getAttribute("href") || x.getAttribute("xlink:href")).join()'))
@@ -91,11 +104,33 @@ def explore(b, tmp):
         page.locator('.widget-slider .noUi-handle').first.focus()
         for _ in range(4): page.keyboard.press('ArrowLeft')
         until('the figure to change with the slider', lambda: state()[0] != before[0] and state()[1] != before[1], 60)
-        time.sleep(1); shot(page, 'explore_after')
-        assert not errors(), errors()[0][-1500:]; check_drawn(page, '01_explore_masking, slider moved')
-        page.close()
-    except Exception: shot(page, 'explore_failed') if 'page' in locals() else None; raise
-    finally: server.terminate(); server.wait(30)
+        time.sleep(1); shot(page, 'explore_after'); check_drawn(page, '01_explore_masking, slider moved')
+
+def lasso(page, box, spots):
+    "Drag through spots of a box, each a share of its width and height."
+    at = [(box['x'] + u*box['width'], box['y'] + v*box['height']) for u, v in spots]
+    page.mouse.move(*at[0]); page.mouse.down()
+    for x, y in at[1:]: page.mouse.move(x, y, steps=6)
+    page.mouse.up()
+
+def umap_lab(b, tmp):
+    "06_umap in JupyterLab: what is chosen in one map is chosen in all, first in one, then in another, until it is let go."
+    last = lambda page: page.locator('.jp-CodeCell .jp-InputPrompt').last.inner_text().strip() not in ('[ ]:', '[*]:')
+    with notebook(b, tmp, '06_umap', lambda page: last(page) and page.locator('.js-plotly-plot .nsewdrag').count() == 3) as (page, errors):
+        fig = page.locator('.js-plotly-plot').last; fig.scroll_into_view_if_needed(); time.sleep(2); check_drawn(page, '06_umap')
+        chosen = lambda: fig.evaluate('g => g.data.map(t => t.selectedpoints ? [...t.selectedpoints].sort((a, b) => a - b).join() : null)')
+        # the points of a map that lie within a rectangle of it
+        inside = lambda k, u0, v0, u1, v1: fig.evaluate("""(g, [k, u0, v0, u1, v1]) => { const t = g.data[k], n = k ? k + 1 : '', X = g._fullLayout['xaxis' + n], Y = g._fullLayout['yaxis' + n];
+            return [...t.x.keys()].filter(i => { const u = X.d2p(t.x[i])/X._length, v = Y.d2p(t.y[i])/Y._length; return u > u0 && u < u1 && v > v0 && v < v1; }).join(); }""", [k, u0, v0, u1, v1])
+        assert chosen() == [None]*3
+        for k, (u0, v0, u1, v1) in ((0, (.1, .1, .55, .9)), (1, (.2, .1, .9, .55))):
+            want = inside(k, u0, v0, u1, v1); assert want and len(want.split(',')) < fig.evaluate('g => g.data[0].x.length'), f'map {k + 1}: the lasso would hold {want[:50]!r}'
+            lasso(page, fig.locator('.nsewdrag').nth(k).bounding_box(), ((u0, v0), (u1, v0), (u1, v1), (u0, v1), (u0, v0)))
+            try: until(f'the points of map {k + 1} in all maps', lambda: chosen() == [want]*3, 30)
+            except AssertionError as e: raise AssertionError(f'{e}: wanted {want[:60]}, got {[g and g[:60] for g in chosen()]}') from None
+            shot(page, f'umap_lab_{k + 1}')
+        box = fig.locator('.nsewdrag').nth(2).bounding_box(); page.mouse.dblclick(box['x'] + box['width']/2, box['y'] + box['height']/2)
+        until('nothing to be chosen', lambda: chosen() == [None]*3, 30)
 
 # ---- pages without a network
 
@@ -111,10 +146,7 @@ def offline(b, path):
 def umap(b, path):
     "The same, and without Python: a selection in one map shows in all, and the colour menu works."
     page = offline(b, path); chosen = lambda: page.evaluate("document.getElementById('maps').data.map(t => t.selectedpoints && [...t.selectedpoints].join())")
-    box = page.locator('.nsewdrag').first.bounding_box(); x, y, w, h = (box[k] for k in ('x', 'y', 'width', 'height'))
-    page.mouse.move(x + .1*w, y + .1*h); page.mouse.down()            # away from the corners, which have handles
-    for u, v in ((.6, .1), (.6, .9), (.1, .9), (.1, .12)): page.mouse.move(x + u*w, y + v*h, steps=6)
-    page.mouse.up(); until('a selection', lambda: int(page.locator('#count').inner_text()) > 0, 20)
+    lasso(page, page.locator('.nsewdrag').first.bounding_box(), ((.1, .1), (.6, .1), (.6, .9), (.1, .9), (.1, .12))); until('a selection', lambda: int(page.locator('#count').inner_text()) > 0, 20)
     got = chosen(); assert got[0] and len(set(got)) == 1, f'selected points differ between maps: {[g and g[:40] for g in got]}'
     n = int(page.locator('#count').inner_text()); assert n == len(got[0].split(',')) == len(page.locator('#chosen').input_value().splitlines()); shot(page, f'{path.stem}_selected')
     colours = lambda: page.evaluate("JSON.stringify([document.getElementById('maps').layout.coloraxis.colorbar.title.text, document.getElementById('maps').data[0].marker.color])")
@@ -133,7 +165,7 @@ def compare(b, path):
 
 def main():
     exe, failed, ran = browser(), 0, 0
-    table, made = root/'data'/'browser.tsv', root/'data'/'browser-umap.html'
+    table, made, png = (root/'data'/f'browser{end}' for end in ('.tsv', '-umap.html', '-umap.png'))
     with tempfile.TemporaryDirectory() as tmp, sync_playwright() as pw:
         try: b = pw.chromium.launch(executable_path=exe, args=['--no-sandbox', '--disable-dev-shm-usage', '--use-angle=swiftshader', '--enable-unsafe-swiftshader', '--disable-background-networking'])
         except Exception as e: skip(f'{exe} does not start: {str(e).strip().splitlines()[0]}')
@@ -141,18 +173,21 @@ def main():
         def umap_page():
             from protmae.demo import open_store
             s = open_store(root/'data'/'demo.h5'); table.write_text('id\tgroup\n' + ''.join(f'{p}\t<b>{"even" if k % 2 else "odd"}</b>\n' for k, p in enumerate(s.ids)))
-            r = subprocess.run([sys.executable, '-m', 'papermill', '06_umap.ipynb', '../data/06.out.ipynb', '--cwd', '.', '-p', 'page', f'../data/{made.name}', '-p', 'annotations', f'../data/{table.name}'],
-                cwd=nbs, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root), PATH=f'{bin}:{os.environ["PATH"]}'))
+            r = subprocess.run([sys.executable, '-m', 'papermill', '06_umap.ipynb', '../data/06.out.ipynb', '--cwd', '.', '-p', 'page', f'../data/{made.name}', '-p', 'annotations', f'../data/{table.name}', '-p', 'png', f'../data/{png.name}'],
+                cwd=nbs, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS, PATH=f'{bin}:{os.environ["PATH"]}'))
             assert not r.returncode, f'06_umap.ipynb failed: {r.stderr[-2000:]}'
             umap(b, made)
+            if find_spec('kaleido'): assert png.exists() and png.stat().st_size > 20_000, 'kaleido is here, and 06_umap.ipynb wrote no PNG'
+            else: print('no PNG: the package kaleido is missing')
         def compare_page():
             r = subprocess.run([sys.executable, '-m', 'papermill', '05_compare.ipynb', '../data/05.out.ipynb', '--cwd', '.', '-p', 'out', '../data/browser-compare.html'],
-                cwd=nbs, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root), PATH=f'{bin}:{os.environ["PATH"]}'))
+                cwd=nbs, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS, PATH=f'{bin}:{os.environ["PATH"]}'))
             assert not r.returncode, f'05_compare.ipynb failed: {r.stderr[-2000:]}'
             compare(b, root/'data'/'browser-compare.html')
-        tests = {'JupyterLab: 01_explore_masking, slider': lambda: explore(b, Path(tmp)), '06_umap by papermill, its page offline: linked selection, colours': umap_page, '05_compare by papermill, its page offline, wide and on a phone': compare_page}
+        tests = {'JupyterLab: 01_explore_masking, slider': lambda: explore(b, Path(tmp)), 'JupyterLab: 06_umap, linked selection': lambda: umap_lab(b, Path(tmp)), '06_umap by papermill, its page offline: linked selection, colours': umap_page, '05_compare by papermill, its page offline, wide and on a phone': compare_page}
         tests |= {f'{p.relative_to(root)} offline': lambda p=p: offline(b, p) for p in sorted((root/'reports').rglob('*.html'))}
         for name, test in tests.items():
+            if not all(w in name for w in sys.argv[2:]): continue
             t = time.perf_counter(); ran += 1
             try: test(); print(f'passed  {name}  ({time.perf_counter() - t:.0f} s)', flush=True)
             except Exception as e: failed += 1; print(f'FAILED  {name}\n{type(e).__name__}: {e}', flush=True)
