@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['REST', 'COLOUR_BY', 'project', 'annotations', 'is_number', 'labels', 'knn_agreement', 'by_chance', 'map_numbers',
-           'umap_figure', 'linked', 'umap_page', 'save_png']
+           'umap_figure', 'umap_page', 'linked', 'save_png']
 
-# %% ../nbs/lib/19_umap.ipynb #8cce5976
-import html, json, warnings
+# %% ../nbs/lib/19_umap.ipynb #26890065
+import html, json, tempfile, warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from IPython.display import HTML
 from plotly.subplots import make_subplots
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
@@ -117,7 +118,7 @@ def map_numbers(
                 agreement_vectors=knn_agreement(x, y, ask=ask), agreement_map=knn_agreement(maps[name], y, ask=ask), silhouette_vectors=_silhouette(x[pick], y[pick], seed), silhouette_map=_silhouette(maps[name][pick], y[pick], seed)))
     return out
 
-# %% ../nbs/lib/19_umap.ipynb #12d7edb7
+# %% ../nbs/lib/19_umap.ipynb #77c87635
 REST, COLOUR_BY = '#bbbbbb', 'colour by'
 
 def _colours(column):
@@ -155,21 +156,7 @@ def umap_figure(
         annotations=[*fig.layout.annotations, dict(text=COLOUR_BY, x=0, y=1.17, xref='paper', yref='paper', showarrow=False, xanchor='left', yanchor='middle')] if len(columns) > 1 else fig.layout.annotations)
     return fig
 
-def linked(
-    fig, # from `umap_figure`
-)->go.FigureWidget:
-    "The same for JupyterLab: a selection in one map shows in all."
-    w = go.FigureWidget(fig)
-    def pick(trace, points, state):
-        with w.batch_update():
-            for t in w.data: t.selectedpoints = list(points.point_inds)
-    def drop(trace, points):
-        with w.batch_update():
-            for t in w.data: t.selectedpoints = None
-    for t in w.data: t.on_selection(pick); t.on_deselect(drop)
-    return w
-
-# %% ../nbs/lib/19_umap.ipynb #c677a10f
+# %% ../nbs/lib/19_umap.ipynb #d24b6e4a
 _LINK = '''const g = document.getElementById('{plot_id}'), all = [...g.data.keys()];
 const list = s => { document.getElementById('chosen').value = s.map(i => IDS[i]).join('\\n'); document.getElementById('count').textContent = s.length; };
 let busy = false;    // changing the figure sends the same events as drawing does
@@ -178,6 +165,12 @@ g.on('plotly_selected', e => { if (!e || !e.points) return; const s = [...new Se
   if (!busy && s.length) show(s); });
 const none = () => { if (!busy) show(null); };
 g.on('plotly_deselect', none); g.on('plotly_doubleclick', none);'''
+
+def _maps(fig, info):
+    "The figure with its script, and the list of what was chosen."
+    ids = json.dumps(info.id.tolist()).replace('<', '\\u003c')
+    return ['<p>Draw around points (lasso or box) in one map to find them in the others; double-click to let go. The camera saves a PNG.</p>', plot(fig, 'maps', dict(toImageButtonOptions=dict(format='png', scale=2, filename='umap')), _LINK.replace('IDS', ids)),
+        '<p><label><span id=count>0</span> proteins chosen<br><textarea id=chosen rows=5 cols=40 readonly></textarea></label></p>']
 
 def umap_page(
     path,       # .html to write
@@ -188,10 +181,16 @@ def umap_page(
     remarks=(), # sentences: what is shown, and what is not
 ):
     "The maps and their numbers as one self-contained page."
-    ids = json.dumps(info.id.tolist()).replace('<', '\\u003c')
-    maps = plot(fig, 'maps', dict(toImageButtonOptions=dict(format='png', scale=2, filename='umap')), _LINK.replace('IDS', ids))
-    page(path, title, [*(f'<p>{html.escape(r)}</p>' for r in remarks), '<p>Draw around points (lasso or box) in one map to find them in the others; double-click to let go. The camera saves a PNG.</p>', maps,
-        '<p><label><span id=count>0</span> proteins chosen<br><textarea id=chosen rows=5 cols=40 readonly></textarea></label></p>', '<h2>How far to trust it</h2>', table([{k.replace('_', ' '): v for k, v in r.items()} for r in rows])])
+    page(path, title, [*(f'<p>{html.escape(r)}</p>' for r in remarks), *_maps(fig, info), '<h2>How far to trust it</h2>', table([{k.replace('_', ' '): v for k, v in r.items()} for r in rows])])
+
+def linked(
+    fig,  # from `umap_figure`
+    info, # DataFrame from `annotations`
+    title='UMAP',
+)->HTML:
+    "The maps for JupyterLab: a selection in one shows in all."
+    with tempfile.TemporaryDirectory() as d: page(Path(d)/'maps.html', title, _maps(fig, info)); text = (Path(d)/'maps.html').read_text(encoding='utf-8')
+    return HTML(f'<iframe srcdoc="{html.escape(text)}" style="width:100%;height:{fig.layout.height + 330}px;border:0"></iframe>')
 
 def save_png(
     path,      # .png to write
@@ -201,7 +200,7 @@ def save_png(
     "A PNG of a figure, without its menus. kaleido draws it, with a Chrome or Chromium that is installed."
     if find_spec('kaleido') is None: why = 'the package kaleido is missing (pip install kaleido)'
     else:
-        plain = go.Figure(fig).update_layout(updatemenus=[], margin_t=40); plain.layout.annotations = [a for a in fig.layout.annotations if a.text != COLOUR_BY]
+        plain = go.Figure(fig).update_layout(margin_t=40); plain.layout.updatemenus, plain.layout.annotations = [], [a for a in fig.layout.annotations if a.text != COLOUR_BY]
         try:
             with atomic(path) as tmp: tmp.write_bytes(plain.to_image('png', width=width, height=height, scale=scale))
             return True
