@@ -20,7 +20,7 @@ from .ppi_report import dots, split_section
 from .report import page, side_by_side, table
 from .splits import LEAKS
 
-# %% ../nbs/lib/39_compare_page.ipynb #664f30be
+# %% ../nbs/lib/39_compare_page.ipynb #42d4c2cf
 def _look(fig, height, **more): return fig.update_layout(template='plotly_white', height=height, margin=dict(l=10, r=10, t=40, b=10), legend=dict(orientation='h', y=1.02, yanchor='bottom', x=0), **more)
 
 def footing_figure(
@@ -43,7 +43,7 @@ def proteins_figure(
         e = np.array(f['errors'][k])/np.array(f['hidden'][k]); top = max(top, e[:2].max())
         fig.add_scatter(x=e[0], y=e[1], mode='markers', name=f'{ratio:.0%} hidden', marker=dict(color=OKABE_ITO[(2*k) % 7], symbol=symbol, size=8, opacity=.7), text=[f'{html.escape(i)}, {l} residues' for i, l in zip(f['ids'], f['lengths'])], hovertemplate='%{text}<br>V2 %{x:.3f}, V5 %{y:.3f}<extra></extra>')
     fig.add_scatter(x=[0, top], y=[0, top], mode='lines', name='equal', line=dict(color='#777777', dash='dot'), hoverinfo='skip')
-    fig.update_xaxes(title='mean squared error of V2 (units of the common standard deviation)', rangemode='tozero'); fig.update_yaxes(title='mean squared error of V5', rangemode='tozero')
+    fig.update_xaxes(title='mean squared error of V2<br>(units of the common standard deviation)', rangemode='tozero'); fig.update_yaxes(title='mean squared error of V5', rangemode='tozero')
     return _look(fig, 440)
 
 def differences_figure(

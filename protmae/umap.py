@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REST', 'COLOUR_BY', 'project', 'annotations', 'is_number', 'labels', 'knn_agreement', 'by_chance', 'map_numbers',
-           'umap_figure', 'umap_page', 'linked', 'save_png']
+           'umap_figure', 'umap_page', 'Framed', 'linked', 'save_png']
 
-# %% ../nbs/lib/19_umap.ipynb #26890065
+# %% ../nbs/lib/19_umap.ipynb #f1ffb2e8
 import html, json, tempfile, warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from IPython.display import HTML
 from plotly.subplots import make_subplots
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
@@ -118,7 +117,7 @@ def map_numbers(
                 agreement_vectors=knn_agreement(x, y, ask=ask), agreement_map=knn_agreement(maps[name], y, ask=ask), silhouette_vectors=_silhouette(x[pick], y[pick], seed), silhouette_map=_silhouette(maps[name][pick], y[pick], seed)))
     return out
 
-# %% ../nbs/lib/19_umap.ipynb #77c87635
+# %% ../nbs/lib/19_umap.ipynb #16b5d9f8
 REST, COLOUR_BY = '#bbbbbb', 'colour by'
 
 def _colours(column):
@@ -151,12 +150,12 @@ def umap_figure(
     fig.update_xaxes(showticklabels=False, zeroline=False, title_text='UMAP 1'); fig.update_yaxes(showticklabels=False, zeroline=False); fig.update_yaxes(title_text='UMAP 2', col=1)
     plain = lambda axis: {'coloraxis.' + k: v for k, v in axis.items() if k != 'colorbar'} | {f'coloraxis.colorbar.{k}': v for k, v in axis['colorbar'].items()}
     buttons = [dict(label=str(c), method='update', args=[{'marker.color': [v.tolist()]*len(maps)}, plain(axis)]) for c, (v, axis) in values.items()]
-    fig.update_layout(template='plotly_white', autosize=True, height=520 if len(columns) > 1 else 460, margin=dict(t=90 if len(columns) > 1 else 30, b=40, l=40, r=10), dragmode='lasso', showlegend=False, coloraxis=values[colour][1],
+    fig.update_layout(template='plotly_white', autosize=True, height=520 if len(columns) > 1 else 480, margin=dict(t=90 if len(columns) > 1 else 60, b=40, l=40, r=10), dragmode='lasso', showlegend=False, coloraxis=values[colour][1],
         updatemenus=[dict(buttons=buttons, active=columns.index(colour), x=0, xanchor='left', y=1.12, yanchor='bottom', pad=dict(l=70))] if len(columns) > 1 else [],
         annotations=[*fig.layout.annotations, dict(text=COLOUR_BY, x=0, y=1.17, xref='paper', yref='paper', showarrow=False, xanchor='left', yanchor='middle')] if len(columns) > 1 else fig.layout.annotations)
     return fig
 
-# %% ../nbs/lib/19_umap.ipynb #d24b6e4a
+# %% ../nbs/lib/19_umap.ipynb #649b7785
 _LINK = '''const g = document.getElementById('{plot_id}'), all = [...g.data.keys()];
 const list = s => { document.getElementById('chosen').value = s.map(i => IDS[i]).join('\\n'); document.getElementById('count').textContent = s.length; };
 let busy = false;    // changing the figure sends the same events as drawing does
@@ -183,14 +182,22 @@ def umap_page(
     "The maps and their numbers as one self-contained page."
     page(path, title, [*(f'<p>{html.escape(r)}</p>' for r in remarks), *_maps(fig, info), '<h2>How far to trust it</h2>', table([{k.replace('_', ' '): v for k, v in r.items()} for r in rows])])
 
+class Framed:
+    "A page in a frame of a notebook."
+    def __init__(self,
+        text,   # HTML of the page
+        height, # pixels
+    ): self.text, self.height = text, height
+    def _repr_html_(self): return f'<iframe srcdoc="{html.escape(self.text)}" style="width:100%;height:{self.height}px;border:0"></iframe>'
+
 def linked(
     fig,  # from `umap_figure`
     info, # DataFrame from `annotations`
     title='UMAP',
-)->HTML:
+)->Framed:
     "The maps for JupyterLab: a selection in one shows in all."
     with tempfile.TemporaryDirectory() as d: page(Path(d)/'maps.html', title, _maps(fig, info)); text = (Path(d)/'maps.html').read_text(encoding='utf-8')
-    return HTML(f'<iframe srcdoc="{html.escape(text)}" style="width:100%;height:{fig.layout.height + 330}px;border:0"></iframe>')
+    return Framed(text, fig.layout.height + 330)
 
 def save_png(
     path,      # .png to write
