@@ -85,7 +85,7 @@ def _dscript_set(species):
 REGISTRY['bernett-gold'] = _bernett()
 REGISTRY |= {f'dscript-{s}': _dscript_set(s) for s in _species}
 
-# %% ../nbs/lib/30_fetch.ipynb #7204546e
+# %% ../nbs/lib/30_fetch.ipynb #4b63b96c
 def _open(url, start, validator):
     if not re.match(r'https?://[^/]', url): raise ProtmaeError(f"{url!r} is not an http(s) address")
     head = {'User-Agent': 'protmae', 'Accept-Encoding': 'identity'}
@@ -103,10 +103,10 @@ def _receive(url, part):
         if r.status == 206 and not going_on: raise OSError(f"the server sent {r.headers.get('Content-Range')}, not the bytes from {start} on")
         if not going_on: start = 0
         etag = r.headers.get('ETag') or ''
-        note.write_text(json.dumps(dict(url=url, validator=etag if etag and not etag.startswith('W/') else r.headers.get('Last-Modified'))))
         length = r.headers.get('Content-Length')
         total = start + int(length) if length else None
         with open(part, 'ab' if going_on else 'wb') as f, Progress(total or 0, part.stem, 'bytes', done=start) as p:
+            note.write_text(json.dumps(dict(url=url, validator=etag if etag and not etag.startswith('W/') else r.headers.get('Last-Modified'))))   # after an old beginning has gone: a kill never leaves it under a new validator
             while block := r.read(1 << 18): f.write(block); p.update(len(block))
     return total is None or part.stat().st_size == total
 
@@ -187,7 +187,7 @@ def _normalise(folder, sources):
                 pairs_without_sequence=int((pairs.id_a.isin(lost) | pairs.id_b.isin(lost)).sum()), twins_left_out=len(ids) - len(keep),
                 splits=pairs.split.value_counts().to_dict())
 
-# %% ../nbs/lib/30_fetch.ipynb #f03902d3
+# %% ../nbs/lib/30_fetch.ipynb #3946ca5f
 def _plain(name, what):
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name): raise ProtmaeError(f"{name!r} is no {what}: only letters, digits, '.', '_' and '-' are allowed")
     return name
@@ -200,7 +200,7 @@ def _get(raw, s, sums, where):
     "See to it that one raw file is there and right; returns its line for checksums.json."
     path, known = raw/s.name, s.sha256 or sums.get(s.name, {}).get('sha256')
     if path.exists():
-        digest = file_sha256(path)
+        digest = file_sha256(path); Path(f'{path}.part.json').unlink(missing_ok=True)      # a kill between the last two steps of `download`
         if known and digest != known: raise ProtmaeError(f"{path}: SHA-256 is {digest}, expected {known} ({'the registry' if s.sha256 else where}); delete the file and fetch again")
     else:
         try: digest = download(s.url, path, s.sha256)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['n_patches', 'patch_bounds', 'patch_means', 'PatchCache']
 
-# %% ../nbs/lib/07_patches.ipynb #d4cd3ab9
+# %% ../nbs/lib/07_patches.ipynb #b37bc8b0
 from pathlib import Path
 
 import h5py
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .core import MAX_LEN, N_PATCHES, PATCH_SIZE, ProtmaeError, Progress, atomic
-from .store import EmbeddingStore, Rows
+from .store import EmbeddingStore, Rows, plan_file, put
 
 # %% ../nbs/lib/07_patches.ipynb #70141549
 def n_patches(
@@ -51,7 +51,7 @@ def patch_means(
     out = x.new_zeros(B*N_PATCHES, D).index_add(0, flat, x[pos < lengths[:, None]])
     return out.view(B, N_PATCHES, D)/(ends - starts).clamp(min=1)[..., None]
 
-# %% ../nbs/lib/07_patches.ipynb #6757b82d
+# %% ../nbs/lib/07_patches.ipynb #d76744ec
 class PatchCache:
     "The patch means of every protein of a store, pooled once; reads rows on demand."
     def __init__(self,
@@ -75,15 +75,15 @@ class PatchCache:
     def _build(self):
         s, off = self.store, np.zeros(len(self.counts) + 1, np.int64)
         off[1:] = np.cumsum(self.counts)
-        with atomic(self.path) as tmp, h5py.File(tmp, 'w') as f, Progress(len(s), 'pool patches', 'proteins') as p:
-            f.attrs.update(fingerprint=s.fingerprint, patching=self.patching); f['offsets'] = off
-            high, low = (f.create_dataset(k, (off[-1], s.dim), 'f2') for k in ('patches', 'patches_low'))
-            for i in range(len(s)):
-                b = [o[0, :self.counts[i]].numpy() for o in patch_bounds(torch.tensor([s.lengths[i]]), self.patching)]
-                m = np.add.reduceat(s[i].astype('f4'), b[0])/(b[1] - b[0])[:, None]
-                high[off[i]:off[i+1]] = h = m.astype('f2')
-                low[off[i]:off[i+1]] = m - h
-                p.update()
+        with atomic(self.path) as tmp, Progress(len(s), 'pool patches', 'proteins') as p:
+            at = plan_file(tmp, {k: ((off[-1], s.dim), '<f2') for k in ('patches', 'patches_low')}, dict(offsets=off), dict(fingerprint=s.fingerprint, patching=self.patching))
+            with open(tmp, 'rb+', buffering=0) as f:
+                for i in range(len(s)):
+                    b = [o[0, :self.counts[i]].numpy() for o in patch_bounds(torch.tensor([s.lengths[i]]), self.patching)]
+                    m = np.add.reduceat(s[i].astype('f4'), b[0])/(b[1] - b[0])[:, None]
+                    high = m.astype('<f2')
+                    for k, x in (('patches', high), ('patches_low', (m - high).astype('<f2'))): put(f.fileno(), x, at[k] + int(off[i])*2*s.dim)
+                    p.update()
     def __len__(self): return len(self.counts)
     def __getitem__(self,
         i, # position in the store

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'check_local', 'Rows', 'Joined', 'EmbeddingStore', 'shard_name', 'shard_files', 'fingerprint',
-           'describe', 'create', 'writer_lock', 'StoreWriter', 'extend', 'shard_ranges', 'split_store', 'import_h5',
-           'verify']
+           'describe', 'plan_file', 'create', 'put', 'writer_lock', 'StoreWriter', 'extend', 'shard_ranges',
+           'split_store', 'import_h5', 'verify']
 
-# %% ../nbs/lib/02_store.ipynb #1da2102b
-import fcntl, hashlib, json, os, re
+# %% ../nbs/lib/02_store.ipynb #0107415a
+import fcntl, hashlib, io, json, os, re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class Joined:
     def close(self):
         for p in self.parts: p.close()
 
-# %% ../nbs/lib/02_store.ipynb #2e917643
+# %% ../nbs/lib/02_store.ipynb #87f6917e
 FORMAT_VERSION = 1
 _text = lambda d: [o.decode('utf-8') if isinstance(o, bytes) else str(o) for o in d[:]]
 
@@ -131,7 +131,7 @@ class EmbeddingStore:
             self.ids, self.sequences = [ids[i] for i in keep], [seqs[i] for i in keep]
             self._checks = f['checksums'][:][keep]
             self._moments, self._keep = Rows(f, 'moments'), keep
-            self.attrs = {k: v for k, v in f.attrs.items() if k not in ('mean', 'std')}
+            self.attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in f.attrs.items() if k not in ('mean', 'std')}
         self.model, self.layer = str(self.attrs.get('model', '?')), str(self.attrs.get('layer', '?'))
         self._index = {k: i for i, k in enumerate(self.ids)}
         if len(self.lengths) and self.lengths.max() > MAX_LEN: raise ProtmaeError(f"{path}: a protein has {self.lengths.max()} residues; at most {MAX_LEN} are allowed")
@@ -270,27 +270,61 @@ def describe(
         print(f'lengths {s.lengths.min()}-{s.lengths.max()}, mean {s.lengths.mean():.0f}, median {np.median(s.lengths):.0f}')
         print('\n'.join(_hist(s.lengths)))
 
-# %% ../nbs/lib/02_store.ipynb #68db93e9
-def _plan(tmp, ids, sequences, lengths, dim, attrs, arrays):
-    "The complete structure of a store, its space reserved, nothing done yet."
-    n, rows = len(ids), int(sum(lengths))
-    with h5py.File(tmp, 'w', libver=('v108', 'v108')) as f:   # newer layouts mark the file as open, and a kill leaves the mark
-        offsets = np.zeros(n + 1, np.int64); offsets[1:] = np.cumsum(lengths)
-        text = h5py.string_dtype('utf-8')
-        f['offsets'] = offsets
-        f.create_dataset('ids', data=list(ids), dtype=text); f.create_dataset('sequences', data=list(sequences), dtype=text)
+# %% ../nbs/lib/02_store.ipynb #89003f15
+def _print(text): return np.array(text.encode(), h5py.string_dtype('utf-8', 16))       # of fixed length: changed in place
+
+class _Sparse(io.RawIOBase):
+    "A file in memory that keeps only the blocks written to: HDF5 lays out a large file in it."
+    block = 1 << 16
+    def __init__(self): self.blocks, self.at, self.size = {}, 0, 0
+    def seek(self, to, whence=0): self.at = (0, self.at, self.size)[whence] + to; return self.at
+    def tell(self): return self.at
+    def truncate(self, n=None): self.size = self.at if n is None else n; return self.size
+    def _pieces(self, n):
+        "The next n bytes as (block, first, last within it)."
+        end = self.at + n
+        while self.at < end:
+            k, a = divmod(self.at, self.block); b = min(self.block, a + end - self.at); yield k, a, b
+            self.at += b - a
+    def readinto(self, out):
+        out, i = memoryview(out).cast('B'), 0
+        for k, a, b in self._pieces(len(out)): out[i:i+b-a] = self.blocks.get(k, bytes(self.block))[a:b]; i += b - a
+        return i
+    def write(self, data):
+        data, i = memoryview(data).cast('B'), 0
+        for k, a, b in self._pieces(len(data)): self.blocks.setdefault(k, bytearray(self.block))[a:b] = data[i:i+b-a]; i += b - a
+        self.size = max(self.size, self.at)
+        return i
+
+def plan_file(
+    path,   # to write
+    spaces, # name -> (shape, dtype): datasets to be filled later with `pwrite`; their first bytes are at the offsets returned
+    arrays, # name -> array, written now
+    attrs,  # of the file
+)->dict:    # name -> offset of a space
+    "An HDF5 file laid out in memory, its space reserved on the disk, and only then written: HDF5 itself never meets a full disk, which may crash it."
+    raw = _Sparse()
+    with h5py.File(raw, 'w', libver=('earliest', 'v108')) as f:   # headers without checksums: half a change of an attribute leaves the file readable (newer layouts also mark it as open)
+        for k, v in arrays.items(): f[k] = v
+        for k, v in attrs.items(): f.attrs[k] = v
         early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY); early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        for name, shape, dtype in (('done', (n,), 'u1'), ('checksums', (n,), '<u8'), ('moments', (n, 2, dim), '<f4'), ('residues', (rows, dim), '<f2')):
-            h5py.h5d.create(f.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), early)
-        for k, v in (arrays or {}).items(): f[k] = v
-        for k, v in attrs.items(): f.attrs[k] = v
-        f.attrs.update(dim=dim, format_version=FORMAT_VERSION, fingerprint=' '*16, mean=np.zeros(dim, 'f4'), std=np.ones(dim, 'f4'))
-        where = {k: f[k].id.get_offset() for k in ('done', 'checksums', 'moments', 'residues')}
-    end = os.path.getsize(tmp)
+        for k, (shape, dtype) in spaces.items(): h5py.h5d.create(f.id, k.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(tuple(map(int, shape))), early)
+        where = {k: f[k].id.get_offset() for k in spaces}
+    with open(path, 'wb') as f:
+        try: getattr(os, 'posix_fallocate', lambda fd, a, n: os.truncate(fd, n))(f.fileno(), 0, raw.size)   # macOS has no such call
+        except OSError as e: raise ProtmaeError(f"{Path(path).parent}: cannot reserve {raw.size/1e9:.2g} GB ({e.strerror}); free some space or write elsewhere") from None
+        for k in sorted(raw.blocks): f.seek(k*raw.block); f.write(raw.blocks[k][:max(0, raw.size - k*raw.block)])
+    return where
+
+def _plan(tmp, ids, sequences, lengths, dim, attrs, arrays):
+    "The complete structure of a store, its space reserved, nothing done yet."
+    n, rows, text = len(ids), int(sum(lengths)), h5py.string_dtype('utf-8')
+    offsets = np.zeros(n + 1, np.int64); offsets[1:] = np.cumsum(lengths)
+    where = plan_file(tmp, dict(done=((n,), 'u1'), checksums=((n,), '<u8'), moments=((n, 2, dim), '<f4'), residues=((rows, dim), '<f2')),
+                      dict(offsets=offsets, ids=np.array(ids, object).astype(text), sequences=np.array(sequences, object).astype(text)) | (arrays or {}),
+                      attrs | dict(dim=dim, format_version=FORMAT_VERSION, fingerprint=_print(' '*16), mean=np.zeros(dim, 'f4'), std=np.ones(dim, 'f4')))
     with open(tmp, 'rb+') as f:
-        try: getattr(os, 'posix_fallocate', lambda fd, a, n: os.truncate(fd, n))(f.fileno(), 0, end)   # macOS has no such call
-        except OSError as e: raise ProtmaeError(f"{Path(tmp).parent}: cannot reserve {end/1e9:.2f} GB for the store ({e.strerror}); free some space or write elsewhere") from None
         if n: os.pwrite(f.fileno(), bytes(n), where['done'])
 
 def _check_plan(path, ids, sequences, lengths, dim):
@@ -319,7 +353,16 @@ def create(
     with atomic(path) as tmp: _plan(tmp, ids, sequences, lengths, dim, dict(model=model, layer=layer, provenance=json.dumps(provenance()), **attrs), arrays)
     return path
 
-# %% ../nbs/lib/02_store.ipynb #32044c59
+# %% ../nbs/lib/02_store.ipynb #02165dcc
+def put(
+    fd,   # of an open file
+    data, # array or bytes
+    at,   # offset of its first byte
+):
+    "Write all of `data`; the system may take less at a time."
+    data = memoryview(data).cast('B')
+    while len(data): n = os.pwrite(fd, data, at); data, at = data[n:], at + n
+
 @contextmanager
 def writer_lock(
     path, # of the store
@@ -353,10 +396,7 @@ class StoreWriter:
         "What is still to be done."
         return np.flatnonzero(~self.done).tolist()
     def _put(self, name, i, size, data):
-        data, at = memoryview(data).cast('B'), self.at[name] + i*size
-        try:
-            n = os.pwrite(self.fd, data, at)
-            while n < len(data): n += os.pwrite(self.fd, data[n:], at + n)
+        try: put(self.fd, data, self.at[name] + i*size)
         except OSError as e: raise ProtmaeError(f"cannot write to {self.path}: {e.strerror}; the proteins written before are safe, run the same command again") from None
     def write(self,
         items, # pairs (position, (L, D) array); all of them become visible together
@@ -384,9 +424,13 @@ class StoreWriter:
         if self.done.all():
             with EmbeddingStore(self.path) as s:
                 if s.attrs['fingerprint'] == s.fingerprint: return
-                attrs = (dict(zip(('mean', 'std'), s.mean_std())) if len(s) else {}) | dict(fingerprint=s.fingerprint)
-            with h5py.File(self.path, 'r+') as f:
-                for k, v in attrs.items(): f.attrs.modify(k, v)
+                attrs = (dict(zip(('mean', 'std'), s.mean_std())) if len(s) else {}), dict(fingerprint=_print(s.fingerprint))   # in this order: the fingerprint says that all is there
+            with open(self.path, 'rb') as f: old = f.read(9)[8] > 0
+            if old: return extend(self.path, [], [])           # planned with checksummed headers, which a kill within a change makes unreadable: copied instead
+            for part in attrs:
+                with h5py.File(self.path, 'r+') as f:
+                    for k, v in part.items(): f.attrs.modify(k, v)
+                with open(self.path, 'rb+') as f: os.fsync(f.fileno())
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 

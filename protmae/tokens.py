@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encoder_digest', 'EncoderInputs', 'TokenCache', 'WhiteTokens']
 
-# %% ../nbs/lib/21_tokens.ipynb #be3b3e93
+# %% ../nbs/lib/21_tokens.ipynb #c796a41d
 import hashlib
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .core import N_PATCHES, ProtmaeError, Progress, atomic
 from .embed import token_batches
 from .interaction import PPIClassifier
 from .patches import PatchCache, n_patches
-from .store import EmbeddingStore, Rows
+from .store import EmbeddingStore, Rows, plan_file, put
 from .v5 import MAEEncoder
 
 # %% ../nbs/lib/21_tokens.ipynb #e476cf38
@@ -33,7 +33,7 @@ def encoder_digest(
     for a in (mean, std): h.update(np.ascontiguousarray(a, 'f4'))
     return h.hexdigest()[:12]
 
-# %% ../nbs/lib/21_tokens.ipynb #a4c194a5
+# %% ../nbs/lib/21_tokens.ipynb #45e8210d
 class EncoderInputs:
     "Batches of what an encoder reads: patches for V5, residues for V2."
     def __init__(self,
@@ -88,17 +88,17 @@ class TokenCache:
     @torch.no_grad()
     def _build(self, model, inputs, max_tokens):
         was = model.training; model.eval()
-        with atomic(self.path) as tmp, h5py.File(tmp, 'w') as f, Progress(len(self.store), 'encode proteins', 'proteins') as p:
-            d = None
+        with atomic(self.path) as tmp, Progress(len(self.store), 'encode proteins', 'proteins') as p:
+            at = None
             for batch in token_batches(self.store.lengths.tolist(), max_tokens):
-                x, _ = inputs.encoded(model, batch)
-                if d is None: d = f.create_dataset('tokens', (int(self.counts.sum()), x.shape[2]), 'f2')
-                half = x.float().cpu().numpy().astype('f2')
-                for row, i in zip(half, batch):
-                    if not np.isfinite(row[:self.counts[i]]).all(): raise ProtmaeError(f"the encoder's tokens of {self.store.ids[i]!r} do not fit float16; was it trained to the end?")
-                    d[self.starts[i]:self.starts[i] + self.counts[i]] = row[:self.counts[i]]
+                x, _ = inputs.encoded(model, batch); row = 2*x.shape[2]
+                if at is None: at = plan_file(tmp, dict(tokens=((self.counts.sum(), x.shape[2]), '<f2')), {}, dict(key=self.key))['tokens']
+                half = x.float().cpu().numpy().astype('<f2')
+                with open(tmp, 'rb+', buffering=0) as f:
+                    for x, i in zip(half, batch):
+                        if not np.isfinite(x := x[:self.counts[i]]).all(): raise ProtmaeError(f"the encoder's tokens of {self.store.ids[i]!r} do not fit float16; was it trained to the end?")
+                        put(f.fileno(), x, at + int(self.starts[i])*row)
                 p.update(len(batch))
-            f.attrs['key'] = self.key
         model.train(was)
     def __len__(self): return len(self.counts)
     def batch(self,

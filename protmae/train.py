@@ -7,9 +7,9 @@ __all__ = ['TASKS', 'V2Task', 'V5Task', 'optimizer_for', 'warmup_cosine', 'stop_
            'Run', 'save_state', 'load_state', 'write_log', 'train_step', 'settle', 'fit', 'Pretraining', 'run_folder',
            'pretrain']
 
-# %% ../nbs/lib/15_train.ipynb #f7770426
+# %% ../nbs/lib/15_train.ipynb #f4947f08
 import hashlib, json, math, os, pickle, shutil, signal, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from .core import N_PATCHES, PATCH_SIZE, ProtmaeError, Progress, atomic, check_n
 from .masking import keyed_noise, mask_counts, random_mask
 from .patches import PatchCache, n_patches
 from .skill import Skill
-from .store import EmbeddingStore
+from .store import EmbeddingStore, writer_lock
 from .v2 import compression_loss, config_v2, mae_loss, real_positions
 from .v5 import config_v5, mae_loss_v5, real_patches
 
@@ -138,7 +138,7 @@ def check_config(
     c['seed'] = check_number('seed', c['seed'], 0, integer=True)
     return c
 
-# %% ../nbs/lib/15_train.ipynb #0a9a4262
+# %% ../nbs/lib/15_train.ipynb #87272475
 class OwnPart(Dataset):
     "What one of several processes reads of each batch: every n-th protein."
     def __init__(self, data, process, n): self.data, self.process, self.n = data, process, n
@@ -227,10 +227,13 @@ class Run:
     def weights(self):
         "The model's state dict, whole; where it is spread over processes (FSDP) all of them must ask."
         return self.acc.get_state_dict(self.model) if self.spread else self.acc.unwrap_model(self.model).state_dict()
+    def alone(self):
+        "The right to write into the folder; a second training in it is refused. It ends with the process, however that ends."
+        return writer_lock(self.out/'run') if self.acc.is_main_process else nullcontext()
     def say(self, text):
         if self.acc.is_main_process: print(text, flush=True)
 
-# %% ../nbs/lib/15_train.ipynb #60078006
+# %% ../nbs/lib/15_train.ipynb #7e67fad8
 def save_state(
     run, # `Run`
 ):
@@ -249,7 +252,7 @@ def save_state(
             with open(f, 'rb+') as h: os.fsync(h.fileno())
     except (OSError, SafetensorError, RuntimeError) as e:      # torch and safetensors have their own words for a full disk
         shutil.rmtree(new, ignore_errors=True)
-        raise ProtmaeError(f"cannot write the checkpoint in {run.out}: {e}; the one before is intact, free some space and resume") from None
+        raise ProtmaeError(f"cannot write the checkpoint in {run.out}, where {shutil.disk_usage(run.out).free/1e6:,.1f} MB are free: {str(e).splitlines()[0]}; the one before is intact, free some space and resume") from None
     _settle(run.out)
     if cur.exists(): cur.rename(old)
     new.rename(cur); shutil.rmtree(old, ignore_errors=True)
@@ -272,7 +275,8 @@ def load_state(
     run, # `Run`, freshly built
 )->bool: # whether there was anything
     "Take up the state of `run.out`."
-    if run.acc.is_main_process: _settle(run.out)
+    if run.acc.is_main_process and any((run.out/k).exists() for k in ('state.old', 'state.new.tmp')):      # a kill has left these, or somebody is saving
+        with run.alone(): _settle(run.out); shutil.rmtree(run.out/'state.new.tmp', ignore_errors=True)
     run.acc.wait_for_everyone()
     if not (run.out/'state').exists(): return False
     try: s, weights = torch.load(run.out/'state'/'state.pt', map_location='cpu', weights_only=True), load_file(run.out/'state'/'model.safetensors')
@@ -326,7 +330,7 @@ def settle(
                                f"Of the batch: {', '.join(run.names(dict(index=idx))[:40])}. Look at their embeddings, or lower lr ({run.config['lr']})")
         run.sums = [run.sums[0] + value*n, run.sums[1] + n]
 
-# %% ../nbs/lib/15_train.ipynb #820ecc29
+# %% ../nbs/lib/15_train.ipynb #c009fce6
 def fit(
     run, # `Run`
 )->list: # the log: a dict per epoch
@@ -334,9 +338,12 @@ def fit(
     c = run.config
     run.say(run.intro() + f", {c['epochs']} epochs of {len(run.train_dl)} batches on {run.acc.device.type}" + (f", {run.acc.num_processes} processes{' (FSDP)' if run.spread else ''}" if run.acc.num_processes > 1 else '') + (f"; going on at epoch {run.epoch + 1}, batch {run.step + 1}" if run.resumed else ''))
     done = lambda: run.epoch >= c['epochs'] or bool(c['patience'] and run.stale >= c['patience'])
-    if done(): run.say('this run is finished; nothing to train'); return run.history
+    if done():
+        if run.acc.is_main_process and (run.out/'run.lock').exists():
+            with run.alone(): pass                             # what a kill at the very end has left goes
+        run.say('this run is finished; nothing to train'); return run.history
     total = len(run.train_dl)*c['epochs']
-    with stop_softly() as stop, Progress(total, run.arch, 'batches', done=run.epoch*len(run.train_dl) + run.step, every=60, show=run.acc.is_main_process) as bar:
+    with run.alone(), stop_softly() as stop, Progress(total, run.arch, 'batches', done=run.epoch*len(run.train_dl) + run.step, every=60, show=run.acc.is_main_process) as bar:
         run.model.train()
         while not done():
             _epoch(run, stop, bar)
