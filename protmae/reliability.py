@@ -219,13 +219,13 @@ def differ(want, got):
     wrong = [k for k in sorted(want.keys() | got.keys()) if want.get(k) != got.get(k)]
     assert not wrong, '; '.join(f"{k}: {'missing' if k not in got else 'left over' if k not in want else 'another'}" for k in wrong)
 
-# %% ../nbs/lib/53_reliability.ipynb #62edbfaa
+# %% ../nbs/lib/53_reliability.ipynb #c53f9756
 @contextlib.contextmanager
 def small_disk(
     folder, # new
 ):          # yields a function that sets the free bytes, or None where nothing may be mounted
     "A tmpfs of its own."
-    folder = Path(folder); folder.mkdir(parents=True); mount = lambda *o: subprocess.run(['mount', *map(str, o)], capture_output=True, text=True).returncode
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); mount = lambda *o: subprocess.run(['mount', *map(str, o)], capture_output=True, text=True).returncode
     def free(n): v = os.statvfs(folder); assert mount('-o', f'remount,size={(v.f_blocks - v.f_bfree)*v.f_frsize + int(n)}', folder) == 0
     try: ok = mount('-t', 'tmpfs', '-o', 'size=256m', 'tmpfs', folder) == 0
     except OSError: ok = False
