@@ -151,7 +151,7 @@ def killed(job, folder, rng, operations, seconds)->tuple: # how it ended
     if not pipe.poll(rng.uniform(0, seconds)): p.kill()
     return finish(p, pipe, count)
 
-# %% ../nbs/lib/53_reliability.ipynb #1e8526bb
+# %% ../nbs/lib/53_reliability.ipynb #b59f80d6
 TIMES = {'seconds', 'val_seconds', 'proteins_per_s', 'residues_per_s', 'pairs_per_s', 'seconds_per_epoch', 'time', 'train_seconds', 'provenance'}
 
 def _timeless(o):
@@ -176,13 +176,13 @@ def contents(
 
 def sound(
     folder,
-)->bool: # whether a file was being written
+)->bool: # whether a file was being written, or a store being filled
     "Raise if anything in the folder is not whole; temporary files may lie about."
     writing = False
     for f in sorted(Path(folder).rglob('*')):
         if '.tmp' in str(f.relative_to(folder)) or 'state.old' in f.parts: writing = True; continue
         if f.suffix in ('.part', '.lock', '.html', '.pt') or f.name.endswith('.part.json'): continue
-        if f.suffix == '.h5' and 'patches' not in f.name and 'tokens' not in f.name: verify(f)
+        if f.suffix == '.h5' and 'patches' not in f.name and 'tokens' not in f.name: verify(f); writing |= EmbeddingStore(f).pending > 0
         elif f.suffix == '.safetensors': load_file(f)
         elif f.name == 'log.jsonl': assert [json.loads(l)['epoch'] for l in f.read_text().splitlines()] == list(range(1, 1 + len(f.read_text().splitlines()))), f.read_text()
         elif f.is_file(): _digest(f)
