@@ -151,7 +151,7 @@ def killed(job, folder, rng, operations, seconds)->tuple: # how it ended
     if not pipe.poll(rng.uniform(0, seconds)): p.kill()
     return finish(p, pipe, count)
 
-# %% ../nbs/lib/53_reliability.ipynb #b59f80d6
+# %% ../nbs/lib/53_reliability.ipynb #44a2f9ab
 TIMES = {'seconds', 'val_seconds', 'proteins_per_s', 'residues_per_s', 'pairs_per_s', 'seconds_per_epoch', 'time', 'train_seconds', 'provenance'}
 
 def _timeless(o):
@@ -162,7 +162,7 @@ def _digest(f):
     if f.suffix == '.h5':
         with h5py.File(f) as h: parts = [(k, h[k][:].tobytes() if h[k].dtype.kind != 'O' else repr(list(h[k][:]))) for k in sorted(h)] + [(k, np.asarray(v).tobytes() if not isinstance(v, str) else v) for k, v in sorted(h.attrs.items()) if k != 'provenance']
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-    if f.suffix == '.npz': return {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in np.load(f).items()}
+    if f.suffix == '.npz': return {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in np.load(f, allow_pickle=False).items()}
     if f.name == 'log.jsonl': return [_timeless(json.loads(l)) for l in f.read_text().splitlines()]
     if f.suffix == '.json': return _timeless(json.loads(f.read_text()))
     if f.suffix in ('.pt', '.html'): return 'has times in it'
