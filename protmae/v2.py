@@ -33,7 +33,7 @@ def check_input(x, lengths, dim, max_len):
     if lengths.is_cuda: return                         # to look would be to wait
     if lengths.min() < 1 or lengths.max() > x.shape[1]: raise ProtmaeError(f"lengths are {int(lengths.min())}-{int(lengths.max())}; expected 1 to {x.shape[1]}")
 
-# %% ../nbs/lib/10_v2.ipynb #14ee1ade
+# %% ../nbs/lib/10_v2.ipynb #a9cee1a1
 class TransformerMAE(nn.Module):
     "V2: masked autoencoder over residues, with one compressed vector per protein."
     def __init__(self,
@@ -63,11 +63,8 @@ class TransformerMAE(nn.Module):
         "Tokens of the real residues."
         check_input(x, lengths, self.input_dim, self.max_len)
         r = layout(real_positions(lengths, x.shape[1]), static)
-        if mask is None: t = self.embed(r.pack(x))
-        elif r.real is not None: t = self.embed(r.pack(x)); t = torch.where(r.pack(mask)[:, None], self.mask_token[0].to(t.dtype), t)
-        else:                                                      # what is hidden is not even read
-            at = (~r.pack(mask)).nonzero()[:, 0]; t = self.embed(x.flatten(0, 1).index_select(0, r.index.index_select(0, at)))
-            t = self.mask_token[0].to(t.dtype).expand(len(r.index), -1).index_copy(0, at, t)
+        t = self.embed(r.pack(x))
+        if mask is not None: t = torch.where(r.pack(mask)[:, None], self.mask_token[0].to(t.dtype), t)
         return run_encoder(self.encoder, t + self.pos_embed[0].index_select(0, r.index % x.shape[1]), r), r   # index_select: its gradient is the same bits each time
     def tokens(self,
         x: Tensor,       # (B, L, D)
