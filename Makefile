@@ -1,5 +1,6 @@
 # make demo   the main job: V5 trains on the synthetic demo store (sets up .venv first); P="-p epochs 10" passes parameters
 # make test   every notebook is run by nbdev_test, then the browser tests (sets up .venv first)
+# make study  every run of nbs/study.yaml, then reports/study.md, .html and .json; hours on two cores, goes on where it was; S="--minutes 30" passes options
 # make browser  JupyterLab and the HTML pages in a headless Chromium alone (part of make test, where there is a Chromium; BROWSER_INSTALL=1 installs one with apt-get)
 # make lab    JupyterLab on this machine only
 # make readme README.md from nbs/index.ipynb
@@ -20,6 +21,9 @@ test: $(VENV)/.ready-test
 
 browser: $(VENV)/.ready-test
 	$(BIN)/python .ci/test.py --browser
+
+study: $(VENV)/.ready
+	$(BIN)/protmae study nbs/study.yaml --report reports/study.json $(S)
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab --ip 127.0.0.1 nbs
@@ -42,4 +46,4 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	-$(PIP) playwright
 	touch $@
 
-.PHONY: demo test browser lab readme
+.PHONY: demo study test browser lab readme

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import ProtmaeError
 
-# %% ../nbs/lib/40_cli.ipynb #93b30550
+# %% ../nbs/lib/40_cli.ipynb #14b9a9d3
 def _embed(a):
     from protmae.embed import embed_fasta
     if a.pca_ids and not Path(a.pca_ids).is_file(): raise ProtmaeError(f"there is no file {a.pca_ids}; expected ids separated by white space")
@@ -95,7 +95,20 @@ def _report(a):
         pretrain_report(a.runs, a.out, a.title or 'Pretraining', a.command or (), a.remark or ())
     print(f"{a.out} and {Path(a.out).with_suffix('.json')}")
 
-# %% ../nbs/lib/40_cli.ipynb #2dfe38d1
+def _study(a):
+    from protmae.study import plan_jobs, read_plan, run_study
+    plan = read_plan(a.plan)
+    if a.jobs:
+        for j in plan_jobs(plan):
+            if a.match in j.name: print(f"{'done' if j.done else 'to do':6} {j.stage:20} {j.name}")
+        return
+    left = run_study(plan, a.workers, a.minutes, a.bare or None, a.match)
+    if a.report:
+        from protmae.study_page import study_report
+        study_report(plan, a.report); print(', '.join(str(Path(a.report).with_suffix(e)) for e in ('.md', '.html', '.json')))
+    if left: raise ProtmaeError(f"{len(left)} jobs are not done, {left[0].name!r} first; the same command goes on with them")
+
+# %% ../nbs/lib/40_cli.ipynb #30468236
 def parser()->argparse.ArgumentParser:
     "Every command and its options."
     p = argparse.ArgumentParser('protmae', description='Masked autoencoders over protein-language-model embeddings')
@@ -130,6 +143,10 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('runs', nargs='+', help='folders of runs, such as data/runs/v5-demo-3epochs-1a2b3c or data/runs/ppi-*'); c.add_argument('out', help='the .html to write')
     c.add_argument('--title'); c.add_argument('--command', action='append', help='a command line that made a run, to be shown (repeatable)')
     c.add_argument('--remark', action='append', help='a sentence to be shown (repeatable)')
+    c = command('study', _study, 'run every job of a plan that is not done yet'); c.add_argument('plan', help='such as nbs/study.yaml')
+    c.add_argument('--jobs', action='store_true', help='only list them'); c.add_argument('--match', default='', help='only jobs whose name contains this, and what they need')
+    c.add_argument('--workers', type=int, help='jobs at a time (default: one a CPU, or 1 with a GPU)'); c.add_argument('--minutes', type=float, help='stop after this time; the same command goes on')
+    c.add_argument('--bare', action='store_true', help='run the cells without papermill (the default where it is missing)'); c.add_argument('--report', help='write this .json, and .md and .html beside it, from what is done')
     c = command('info', _info, 'print what a store holds'); c.add_argument('store')
     c = command('verify', _verify, 'read a whole store and compare it with its checksums'); c.add_argument('store')
     return p

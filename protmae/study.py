@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'read_plan', 'Splits', 'plan_jobs', 'best_weights', 'cells_of', 'run_study']
 
-# %% ../nbs/lib/41_study.ipynb #4ca1060e
+# %% ../nbs/lib/41_study.ipynb #1ab53e9b
 import json, os, signal, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ import yaml
 from .core import ProtmaeError, atomic, provenance, write_json
 from .pairs import read_pairs
 from .splits import LEAKS, load_split, make_split, save_split
-from .store import EmbeddingStore
+from .store import EmbeddingStore, writer_lock
 
 # %% ../nbs/lib/41_study.ipynb #f3d9e3ed
 @dataclass
@@ -125,7 +125,7 @@ def best_weights(
     if len(found) != 1: raise ProtmaeError(f"{folder} holds {len(found)} checkpoints, expected 1; delete those of earlier settings")
     return found[0]
 
-# %% ../nbs/lib/41_study.ipynb #f08da6f2
+# %% ../nbs/lib/41_study.ipynb #6622e084
 def _parameters(plan, job):
     "What the notebook is given: a checkpoint by its path."
     p = dict(job.params)
@@ -186,8 +186,11 @@ def run_study(
     "Run the jobs of a plan that are not done yet."
     import torch
     from importlib.util import find_spec
-    if bare is None: bare = find_spec('papermill') is None
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1); threads = max(1, (os.cpu_count() or 1)//workers)
+    plan['out'].mkdir(parents=True, exist_ok=True)
+    with writer_lock(plan['out']/'study'): return _run(plan, workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), minutes, find_spec('papermill') is None if bare is None else bare, match, say)
+
+def _run(plan, workers, minutes, bare, match, say):
+    threads = max(1, (os.cpu_count() or 1)//workers)
     jobs = plan_jobs(plan); by = {j.name: j for j in jobs}
     wanted = {j.name for j in jobs if match in j.name}; wanted |= {n for j in jobs if j.name in wanted for n in j.needs}
     todo, running, failed, done, t0, spent = [j for j in jobs if j.name in wanted and not j.done], {}, {}, 0, time.time(), 0.
