@@ -18,7 +18,7 @@ from .pairs import read_pairs
 from .splits import LEAKS, load_split, make_split, save_split
 from .store import EmbeddingStore, writer_lock
 
-# %% ../nbs/lib/41_study.ipynb #f3d9e3ed
+# %% ../nbs/lib/41_study.ipynb #f66672eb
 @dataclass
 class Job:
     "One notebook with parameters, in a folder of its own."
@@ -34,6 +34,7 @@ class Job:
     @property
     def done(self)->bool:
         "Has it ended well with these parameters?"
+        if self.name.startswith('pretrain ') and not any(self.folder.glob('*/best.safetensors')): return False
         try: return json.loads(self.mark.read_text())['params'] == self.params
         except (OSError, ValueError, KeyError): return False
 
@@ -125,7 +126,7 @@ def best_weights(
     if len(found) != 1: raise ProtmaeError(f"{folder} holds {len(found)} checkpoints, expected 1; delete those of earlier settings")
     return found[0]
 
-# %% ../nbs/lib/41_study.ipynb #6622e084
+# %% ../nbs/lib/41_study.ipynb #64a4bb04
 def _parameters(plan, job):
     "What the notebook is given: a checkpoint by its path."
     p = dict(job.params)
@@ -192,7 +193,7 @@ def run_study(
 def _run(plan, workers, minutes, bare, match, say):
     threads = max(1, (os.cpu_count() or 1)//workers)
     jobs = plan_jobs(plan); by = {j.name: j for j in jobs}
-    wanted = {j.name for j in jobs if match in j.name}; wanted |= {n for j in jobs if j.name in wanted for n in j.needs}
+    wanted = {j.name for j in jobs if match in j.name}; wanted |= {n for j in jobs if j.name in wanted and not j.done for n in j.needs}
     todo, running, failed, done, t0, spent = [j for j in jobs if j.name in wanted and not j.done], {}, {}, 0, time.time(), 0.
     total = len(todo); say(f'{len(wanted):,} jobs, {len(wanted) - total:,} of them done before; {workers} at a time, {threads} threads each')
     try:
