@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAKS', 'Split', 'save_split', 'load_split', 'own_split', 'random_split', 'protein_split', 'find_mmseqs',
-           'sequences_of', 'cluster_proteins', 'cluster_split', 'make_split']
+           'sequences_of', 'cluster_proteins', 'cluster_split', 'make_split', 'thin']
 
-# %% ../nbs/lib/32_splits.ipynb #2745a3f6
-import hashlib, json, shutil, subprocess, tempfile
+# %% ../nbs/lib/32_splits.ipynb #d77e4e66
+import dataclasses, hashlib, json, shutil, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,7 +210,7 @@ def cluster_proteins(
     if (rep < 0).any(): raise ProtmaeError(f"mmseqs left {(rep < 0).sum()} of {len(seqs)} proteins without a cluster; are they sequences of amino acids?")
     return np.unique(rep, return_inverse=True)[1]
 
-# %% ../nbs/lib/32_splits.ipynb #29b4a092
+# %% ../nbs/lib/32_splits.ipynb #2d4245b1
 def cluster_split(
     pairs,          # `Pairs`
     store=None,     # `EmbeddingStore` with sequences
@@ -243,3 +243,11 @@ def make_split(
     if kind not in LEAKS: raise ProtmaeError(f"kind is {kind!r}; expected one of {', '.join(LEAKS)}")
     if kind == 'cluster': return cluster_split(pairs, store, seed, **params)
     return dict(own=own_split, random=random_split).get(kind, lambda p, s, **kw: protein_split(p, kind, s, **kw))(pairs, seed, **params)
+
+def thin(
+    split, # `Split`
+    share, # of its training pairs that stay, above 0
+)->Split:
+    "Fewer training pairs, for a learning curve: a smaller share is part of a larger one. Validation and test pairs stay."
+    n = max(1, round(check_number('share', share, 0, 1, True)*len(split.train)))
+    return split if n == len(split.train) else dataclasses.replace(split, train=_rng(split.seed, 'thin').permutation(split.train)[:n], params=split.params | dict(train_share=share))
