@@ -33,7 +33,7 @@ def check_input(x, lengths, dim, max_len):
     if lengths.is_cuda: return                         # to look would be to wait
     if lengths.min() < 1 or lengths.max() > x.shape[1]: raise ProtmaeError(f"lengths are {int(lengths.min())}-{int(lengths.max())}; expected 1 to {x.shape[1]}")
 
-# %% ../nbs/lib/10_v2.ipynb #a9cee1a1
+# %% ../nbs/lib/10_v2.ipynb #4cd70c01
 class TransformerMAE(nn.Module):
     "V2: masked autoencoder over residues, with one compressed vector per protein."
     def __init__(self,
@@ -53,7 +53,7 @@ class TransformerMAE(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(embed_dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, input_dim))
         self.compress_head = nn.Linear(embed_dim, input_dim)
         for p in (self.mask_token, self.pos_embed): nn.init.normal_(p, std=.02)
-        self.input_dim, self.max_len = input_dim, max_len
+        self.input_dim, self.max_len, self.static = input_dim, max_len, None      # static='packed': attention by flex_attention, to be tried on a GPU
     def encode(self,
         x: Tensor,       # (B, L, D), zero-padded
         lengths: Tensor, # (B,) int64
@@ -62,7 +62,7 @@ class TransformerMAE(nn.Module):
     )->tuple:            # packed tokens (T, E), and their `layout`
         "Tokens of the real residues."
         check_input(x, lengths, self.input_dim, self.max_len)
-        r = layout(real_positions(lengths, x.shape[1]), static)
+        r = layout(real_positions(lengths, x.shape[1]), self.static if static is None else static)
         t = self.embed(r.pack(x))
         if mask is not None: t = torch.where(r.pack(mask)[:, None], self.mask_token[0].to(t.dtype), t)
         return run_encoder(self.encoder, t + self.pos_embed[0].index_select(0, r.index % x.shape[1]), r), r   # index_select: its gradient is the same bits each time

@@ -78,12 +78,13 @@ l2 = np.maximum(lengths_of(a.v2_proteins, rng), 33); ids, seqs = names(len(l2), 
 with StoreWriter(tmp/'v2.h5') as w:
     for i in range(0, len(l2), 64): w.write((j, rng.standard_normal((l2[j], D), 'f4')) for j in range(i, min(i + 64, len(l2))))
 s2 = EmbeddingStore(tmp/'v2.h5')
-def v2():
-    run = Pretraining('v2', s2, tmp/'v2', sizes=S2, epochs=100_000, batch_size=32, save_minutes=1e9); n = len(run.train_dl); go = stepper(run)
+def v2(static=None):
+    run = Pretraining('v2', s2, tmp/f'v2-{static}', sizes=S2, epochs=100_000, batch_size=32, save_minutes=1e9); n = len(run.train_dl); run.acc.unwrap_model(run.model).static = static; go = stepper(run)
     for _ in range(n): go()                                         # one epoch to warm up
     s = timed(go, n, 0); settle(run); L = l2[run.train_idx]; fl = flops_v2(run.acc.unwrap_model(run.model), L)
     return dict(batch=32, step_ms=1e3*s, residues_per_s=L.sum()/(n*s), proteins_per_s=len(L)/(n*s), minutes_for_60_epochs_of_20000=60*n20*L.mean()/(L.sum()/(n*s))/60, computed_from='residues per second', proteins=len(l2), peak_memory_gb=torch.cuda.max_memory_allocated()/1e9 if gpu else None) | mfu(fl/(n*s))
 part('v2 batch 32', v2)
+if gpu: part('v2 batch 32, packed, flex_attention', lambda: v2('packed'))       # torch has no such backward pass on a CPU
 
 # --- the peers, on data that lie on the device already, in bf16 autocast as ours
 auto = lambda: torch.autocast(dev.type, torch.bfloat16, enabled=gpu)
