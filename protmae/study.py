@@ -18,7 +18,7 @@ from .pairs import read_pairs
 from .splits import LEAKS, load_split, make_split, save_split
 from .store import EmbeddingStore, writer_lock
 
-# %% ../nbs/lib/41_study.ipynb #f66672eb
+# %% ../nbs/lib/41_study.ipynb #b5480733
 @dataclass
 class Job:
     "One notebook with parameters, in a folder of its own."
@@ -66,6 +66,7 @@ class Splits:
     def __init__(self, plan):
         self.plan, self.folder = plan, plan['out']/'splits'
         self.store = EmbeddingStore(plan['store']); self.pairs = read_pairs(plan['pairs'], self.store, plan.get('missing', 'error'))
+    def file(self, kind, seed): self.get(kind, seed); return self.folder/f'{kind}-seed{seed}.npz'
     def get(self, kind, seed):
         f = self.folder/f'{kind}-seed{seed}.npz'
         if f.exists(): return load_split(f, self.pairs)
@@ -114,7 +115,7 @@ def plan_jobs(
                     verb = 'test' if st.get('test') else 'validate'
                     if verb == 'validate' and p.get('arch') not in ('v5', 'v5.2', 'patches'): raise ProtmaeError(f"stage {st['name']!r} does not test, and {system!r} is a baseline, which has nothing else; give it test: true")
                     name, folder = f'{verb} {system} {kind} seed{seed}', plan['out']/'ppi'/f'{_slug(system)}-{kind}-seed{seed}'
-                    jobs.setdefault(name, Job(name, folder, '04_train_ppi', common | dict(pairs=rel(plan['pairs']), runs=rel(folder), missing=plan.get('missing', 'error'), split=kind, seed=seed, test=verb == 'test') | p, needs, st['name'],
+                    jobs.setdefault(name, Job(name, folder, '04_train_ppi', common | dict(pairs=rel(plan['pairs']), runs=rel(folder), missing=plan.get('missing', 'error'), split=kind, seed=seed, test=verb == 'test') | (dict(split_file=rel(splits.file(kind, seed))) if kind == 'cluster' else {}) | p, needs, st['name'],
                                               dict(system=system, split=kind, seed=seed, encoder=encoder)))
     return list(jobs.values())
 
