@@ -18,7 +18,7 @@ from .pairs import read_pairs
 from .splits import LEAKS, load_split, make_split, save_split
 from .store import EmbeddingStore, writer_lock
 
-# %% ../nbs/lib/41_study.ipynb #b5480733
+# %% ../nbs/lib/41_study.ipynb #dc8af876
 @dataclass
 class Job:
     "One notebook with parameters, in a folder of its own."
@@ -48,8 +48,8 @@ def read_plan(
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ProtmaeError(f"{path} is not YAML: {' '.join(str(e).split())[:200]}") from None
     lack = [k for k in ('store', 'pairs', 'out', 'encoders', 'systems', 'stages') if k not in (p if isinstance(p, dict) else {})]
     if lack: raise ProtmaeError(f"{path} lacks {', '.join(lack)}; see the table in nbs/lib/41_study.ipynb")
-    for k in ('store', 'pairs', 'out'): p[k] = (path.parent/p[k]).resolve()
-    p['nbs'] = path.parent.resolve()
+    for k in ('store', 'pairs', 'out'): p[k] = Path(os.path.abspath(path.parent/p[k]))       # links stay: jobs are known by paths relative to the notebooks
+    p['nbs'] = Path(os.path.abspath(path.parent))
     for n, e in p['encoders'].items():
         if e.get('notebook') not in ('02_train_v2', '03_train_v5'): raise ProtmaeError(f"encoder {n!r}: notebook is {e.get('notebook')!r}; expected '02_train_v2' or '03_train_v5'")
     for n, s in p['systems'].items():
