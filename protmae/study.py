@@ -127,7 +127,7 @@ def best_weights(
     if len(found) != 1: raise ProtmaeError(f"{folder} holds {len(found)} checkpoints, expected 1; delete those of earlier settings")
     return found[0]
 
-# %% ../nbs/lib/41_study.ipynb #64a4bb04
+# %% ../nbs/lib/41_study.ipynb #195e6827
 def _parameters(plan, job):
     "What the notebook is given: a checkpoint by its path."
     p = dict(job.params)
@@ -147,13 +147,14 @@ def cells_of(
     return '\n\n'.join(out)
 
 _BARE = '''import sys, types
-try: import IPython.display
-except ImportError:
-    m = types.ModuleType('IPython.display'); m.HTML = m.display = m.Markdown = lambda *a, **k: None; sys.modules['IPython'] = types.ModuleType('IPython'); sys.modules['IPython.display'] = m
 try:
     import plotly.io; plotly.io.renderers.default = 'json'
     import plotly.graph_objects as go; go.Figure.show = lambda *a, **k: None
 except ImportError: pass
+try: import IPython.display
+except ImportError:
+    m, top = types.ModuleType('IPython.display'), types.ModuleType('IPython'); m.HTML = m.display = m.Markdown = lambda *a, **k: None; top.display, top.get_ipython = m, lambda: None
+    sys.modules |= {'IPython': top, 'IPython.display': m}
 '''
 
 def _start(plan, job, bare, threads):
