@@ -127,7 +127,7 @@ def best_weights(
     if len(found) != 1: raise ProtmaeError(f"{folder} holds {len(found)} checkpoints, expected 1; delete those of earlier settings")
     return found[0]
 
-# %% ../nbs/lib/41_study.ipynb #195e6827
+# %% ../nbs/lib/41_study.ipynb #f07ef894
 def _parameters(plan, job):
     "What the notebook is given: a checkpoint by its path."
     p = dict(job.params)
@@ -211,6 +211,7 @@ def _run(plan, workers, minutes, bare, match, say):
                 del running[name]; took = time.time() - t; spent += took; done += 1
                 if p.returncode: failed[name] = p.returncode; say(f'FAILED    {name} after {took:.0f} s; see {j.folder}/{name.split()[0]}.log'); continue
                 write_json(j.mark, dict(job=j.name, notebook=j.notebook, params=j.params, seconds=took, **j.about, **provenance()))
+                if not j.done: failed[name] = 0; say(f'FAILED    {name} left no result; see {j.folder}/{name.split()[0]}.log'); continue
                 left = (total - done)*spent/done/workers
                 say(f'{done}/{total}  {name}  {took:.0f} s  ETA {left/60:.0f} min')
             if minutes and time.time() - t0 > 60*minutes: say(f'{minutes} minutes are over: stopping, the same command goes on'); break
