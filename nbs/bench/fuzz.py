@@ -1,12 +1,13 @@
 """Mutated stores: does a damaged or hostile HDF5 file ever give anything but a `ProtmaeError` or the true numbers?
 
-    python nbs/bench/fuzz.py [--runs 100000] [--seed 0] [--workers 1] [--out reports/bench/fuzz.json]
+    python nbs/bench/fuzz.py [--runs 100000] [--seed 0] [--workers 1] [--sealed] [--out reports/bench/fuzz.json]
 
 A tiny store (4 proteins, SYNTHETIC numbers) is damaged in memory, a different way for each seed (bits, runs of bytes, blocks moved or swapped, the end cut
 off, fields of the HDF5 structure set to telling values), written to a RAM disk where there is one, opened, verified, and read as a batch. Right is: a
 `ProtmaeError`; or `verify` passes and ids, sequences, lengths, rows and moments are those of the store before. Wrong is everything else: another
 exception, other numbers, a run of more than `--timeout` seconds, a death of the process inside the HDF5 library (which gets no more than 1 GB of memory). Runs are done in processes of
-their own, so that a death or a hang costs one of them and is put down to its seed. The figures are written after every --chunk runs; after a Ctrl-C the same command with --resume goes on.
+their own, so that a death or a hang costs one of them and is put down to its seed. With --sealed the damage is behind the seal, which is made anew: what a file meets that
+was damaged by somebody who means it, or that never had a seal. The figures are written after every --chunk runs; after a Ctrl-C the same command with --resume goes on.
 `--replay SEED ...` shows what given seeds do, in a process of their own each.
 """
 import argparse, collections, contextlib, io, json, multiprocessing as mp, os, random, resource, signal, sys, tempfile, time
@@ -16,7 +17,7 @@ import h5py
 import numpy as np
 
 from protmae.core import Progress, ProtmaeError, provenance, write_json
-from protmae.store import EmbeddingStore, StoreWriter, _plan, verify
+from protmae.store import EmbeddingStore, FRONT, StoreWriter, _plan, check_seal, seal, verify
 
 LENGTHS, DIM = (1, 3, 7, 2), 3
 FATES = 'refused', 'intact', 'exception', 'wrong numbers', 'death', 'hang'      # the first two are right
@@ -74,13 +75,15 @@ def attempt(
 
 class Bench:
     "What every worker needs: the store's bytes, its contents, a folder."
-    def __init__(self, folder):
-        self.folder = Path(folder); self.raw = base_store(self.folder/'base.h5')
+    def __init__(self, folder, sealed=False):
+        self.folder, self.sealed = Path(folder), sealed; self.raw = base_store(self.folder/'base.h5')
         with EmbeddingStore(self.folder/'base.h5') as s: self.want = contents(s)
-        self.hot = [i for i, v in enumerate(self.raw) if v]
+        self.spaces = check_seal(self.folder/'base.h5'); self.hot = [i for i, v in enumerate(self.raw) if v]; self.inner = [i - FRONT for i in self.hot if i >= FRONT]
     def one(self, seed, name='x'):
         "What seed does, in this process."
-        f = self.folder/f'{name}.h5'; f.write_bytes(mutate(self.raw, seed, self.hot))
+        f = self.folder/f'{name}.h5'
+        if self.sealed: f.write_bytes(self.raw[:FRONT] + mutate(self.raw[FRONT:], seed, self.inner)); seal(f, self.spaces)
+        else: f.write_bytes(mutate(self.raw, seed, self.hot))
         return attempt(f, self.want)
 
 def work(bench, k, seeds, step, counts, now, said):
@@ -104,11 +107,12 @@ def fuzz(
     workers=1,
     timeout=10.,
     show=True,
+    sealed=False, # make the seal anew after the damage
 )->tuple: # seeds done, counts by fate, list of (seed, fate, what)
     "Run seeds first to last, whatever happens to the processes that do it."
     total, bad = collections.Counter(), []
     with tempfile.TemporaryDirectory(dir='/dev/shm' if os.access('/dev/shm', os.W_OK) else None) as d, Progress(last - first, 'fuzz', 'runs', every=15, show=show) as bar:
-        bench, jobs = Bench(d), {}
+        bench, jobs = Bench(d, sealed), {}
         for k in range(workers): jobs[k] = start(bench, k, (first + k, last), workers)
         def collect(j):
             while j['inbox'].poll():
@@ -141,12 +145,12 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--runs', type=int, default=100_000); p.add_argument('--seed', type=int, default=0, help='first seed; run i is seed + i'); p.add_argument('--workers', type=int, default=1)
     p.add_argument('--timeout', type=float, default=10., help='seconds that one run may take'); p.add_argument('--chunk', type=int, default=10_000, help='runs between two writings of the figures')
-    p.add_argument('--out', default='reports/bench/fuzz.json'); p.add_argument('--resume', action='store_true', help='go on with the figures in --out'); p.add_argument('--replay', type=int, nargs='+')
+    p.add_argument('--out', default='reports/bench/fuzz.json'); p.add_argument('--resume', action='store_true', help='go on with the figures in --out'); p.add_argument('--sealed', action='store_true', help='make the seal anew after the damage'); p.add_argument('--replay', type=int, nargs='+')
     a = p.parse_args(argv)
     if a.replay:
-        for s in a.replay: print(s, *fuzz(s, s + 1, timeout=a.timeout, show=False)[1] or ['right'])
+        for s in a.replay: print(s, *fuzz(s, s + 1, timeout=a.timeout, show=False, sealed=a.sealed)[1] or ['right'])
         return 0
-    out, same = Path(a.out), dict(seed=a.seed, h5py=h5py.__version__, hdf5=h5py.version.hdf5_version)
+    out, same = Path(a.out), dict(seed=a.seed, sealed=a.sealed, h5py=h5py.__version__, hdf5=h5py.version.hdf5_version)
     got = dict(what='a tiny SYNTHETIC store, damaged in a different way by each seed: opened, verified, read', **same, runs=0, seconds=0., fates=dict.fromkeys(FATES, 0), failures=[])
     if a.resume and out.exists():
         old = json.loads(out.read_text())
@@ -155,7 +159,7 @@ def main(argv=None):
     stop = False
     while got['runs'] < a.runs and not stop:
         t, n = time.perf_counter(), min(a.chunk, a.runs - got['runs']); first = a.seed + got['runs']
-        try: total, bad = fuzz(first, first + n, a.workers, a.timeout)
+        try: total, bad = fuzz(first, first + n, a.workers, a.timeout, sealed=a.sealed)
         except Stopped: print('interrupted; figures up to the last whole chunk are kept'); stop = True; break
         got['seconds'] += time.perf_counter() - t; got['runs'] += n
         for k in FATES: got['fates'][k] += total[k]
