@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import ProtmaeError
 
-# %% ../nbs/lib/40_cli.ipynb #14b9a9d3
+# %% ../nbs/lib/40_cli.ipynb #df2c1406
 def _embed(a):
     from protmae.embed import embed_fasta
     if a.pca_ids and not Path(a.pca_ids).is_file(): raise ProtmaeError(f"there is no file {a.pca_ids}; expected ids separated by white space")
@@ -70,7 +70,7 @@ def _part(code):
 
 # of a run: type and meaning. What is not given keeps the architecture's default
 SETTINGS = dict(epochs=(int, 'default 60 for v2, 100 for v5'), batch_size=(int, 'proteins per step, of all processes together; default 32 for v2, 16 for v5'), lr=(float, 'peak learning rate'),
-                warmup_epochs=(float, 'epochs of linear rise'), weight_decay=(float, 'on matrices'), mask_ratio=(float, 'share hidden; default 0.5 for v2, 0.75 for v5'), seed=(int, 'default 0'),
+                warmup_epochs=(float, 'epochs of linear rise'), weight_decay=(float, 'on matrices'), mask_ratio=(float, 'share hidden; default 0.5 for v2, 0.75 for v5'), mask=(str, "v5 only: 'block' hides one run of patches"), seed=(int, 'default 0'),
                 patience=(int, 'stop after so many epochs without improvement'), max_proteins=(int, 'train on a random sample'), grad_accum=(int, 'batches per step'), compress_weight=(float, 'v2 only; default 0.1'))
 
 def _demo(a):

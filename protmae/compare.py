@@ -60,7 +60,7 @@ def verdict(
     bands = list(bands)
     return 'better' if all(lo > 0 for _, lo, _ in bands) else 'worse' if all(hi < 0 for *_, hi in bands) else 'not distinguishable'
 
-# %% ../nbs/lib/38_compare.ipynb #82934e5a
+# %% ../nbs/lib/38_compare.ipynb #42a52f38
 def tidy(
     command, # a command line, or None
 )->str:
@@ -75,7 +75,7 @@ def pretrain_command(
     "The papermill command of a run like this one."
     c = run['config'] | changes; arch = run['arch']; plain = make_config(arch); sizes = {k: v for k, v in run['sizes'].items() if k != 'input_dim'} | (sizes or {})
     words = [f'papermill 0{2 if arch == "v2" else 3}_train_{arch}.ipynb out.ipynb', f"-p store {shlex.quote('../data/' + Path(run['store']).name)}", f"-p epochs {c['epochs']}"]
-    words += [f'-p {k} {c[k]}' for k in ('batch_size', 'lr', 'mask_ratio', 'seed', 'max_proteins', 'patience', 'compress_weight') if k in c and c[k] is not None and c[k] != plain.get(k)]
+    words += [f'-p {k} {c[k]}' for k in ('batch_size', 'lr', 'mask_ratio', 'mask', 'seed', 'max_proteins', 'patience', 'compress_weight') if k in c and c[k] is not None and c[k] != plain.get(k)]
     return ' '.join(words + ([f"-y {shlex.quote('sizes: ' + json.dumps(sizes))}"] if sizes else []))
 
 def ppi_command(

@@ -158,7 +158,7 @@ class Whitening(nn.Module):
         self.mean.copy_(mean); self.map.copy_(vec/(val + shrink*val.mean().clamp(min=1e-12)).sqrt())
         return self
 
-# %% ../nbs/lib/20_interaction.ipynb #559d640e
+# %% ../nbs/lib/20_interaction.ipynb #6e2a3be9
 def add_lora(
     encoder, # `TransformerMAE` or `MAEEncoder`, changed in place
     rank,    # of the additions
@@ -185,14 +185,15 @@ class PPIClassifier(nn.Module):
         encoder,        # a trained `TransformerMAE` (gives V5.2) or `MAEEncoder` (V5 native), or `PatchMeans`
         frozen=True,    # the encoder does not train, and stays in eval mode
         lora_rank=0,    # above 0, and not frozen: only low-rank additions to the encoder's matrices train (Hu et al. 2021, through peft)
-        patching='window', # of the adapter, for V5.2
+        patching=None,  # of the adapter, for V5.2 and `PatchMeans`; None: 'window'. A V5 encoder has its own
         embed_dim=768, n_heads=8, n_layers=2, dropout=.1,
     ):
         super().__init__()
         if not isinstance(encoder, (TransformerMAE, MAEEncoder, PatchMeans)): raise ProtmaeError(f"encoder is a {type(encoder).__name__}; expected a TransformerMAE (V2) or a MAEEncoder (the .encoder of a MAEV5)")
         self.encoder, self.frozen = encoder, frozen
         v2 = not isinstance(encoder, MAEEncoder)                   # its tokens need the adapter
-        self.patching = patching if v2 else encoder.patching
+        if not v2 and patching not in (None, encoder.patching): raise ProtmaeError(f"patching is {patching!r}, and this V5 was trained on {encoder.patching!r} patches; leave it out")
+        self.patching = patching = (patching or 'window') if v2 else encoder.patching
         width = token_width(encoder); d = embed_dim if v2 else width
         self.white_patch, self.white_cls = Whitening(width), None if v2 else Whitening(width)
         self.adapter = V2ToV5Adapter(width, d, patching) if v2 else None
