@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import ProtmaeError
 
-# %% ../nbs/lib/40_cli.ipynb #df2c1406
+# %% ../nbs/lib/40_cli.ipynb #26ab5340
 def _embed(a):
     from protmae.embed import embed_fasta
     if a.pca_ids and not Path(a.pca_ids).is_file(): raise ProtmaeError(f"there is no file {a.pca_ids}; expected ids separated by white space")
@@ -104,8 +104,8 @@ def _study(a):
         return
     left = run_study(plan, a.workers, a.minutes, a.bare or None, a.match)
     if a.report:
-        from protmae.study_page import study_report
-        study_report(plan, a.report); print(', '.join(str(Path(a.report).with_suffix(e)) for e in ('.md', '.html', '.json')))
+        from protmae.study_page import study_compare, study_report
+        study_report(plan, a.report); bench = [p for d in ('bench', 'gpu') if (p := Path(a.report).parent/d).is_dir()]; study_compare(plan, Path(a.report).with_name('compare.html'), bench=bench); print(', '.join(str(Path(a.report).with_suffix(e)) for e in ('.md', '.html', '.json')))
     if left: raise ProtmaeError(f"{len(left)} jobs are not done, {left[0].name!r} first; the same command goes on with them")
 
 # %% ../nbs/lib/40_cli.ipynb #30468236

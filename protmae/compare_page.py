@@ -59,7 +59,7 @@ def differences_figure(
     fig.add_vline(0, line=dict(color='#777777', width=1)); fig.update_xaxes(title='difference in AUROC, with its 95 % interval'); fig.update_yaxes(title='split, seed', tickvals=list(range(len(y))), ticktext=[f'{k}, seed {s}' for k, s in y], range=[-.5, len(y) - .5])
     return _look(fig, 130 + 34*len(y))
 
-# %% ../nbs/lib/39_compare_page.ipynb #10cb41fa
+# %% ../nbs/lib/39_compare_page.ipynb #757129e3
 def _parts(got, store, remarks, command):
     "What stands on the page, in order."
     r2, r5, says, f, rows, pairs, cost, speeds, rates, versus, lacking, changes, hopes = (got[k] for k in ('v2', 'v5', 'conclusion', 'footing', 'footing_rows', 'footing_differences', 'cost', 'bench', 'ppi', 'v5_against_v5_2', 'missing', 'variants', 'expected'))
@@ -73,7 +73,7 @@ def _parts(got, store, remarks, command):
         full = parameter_rows(outline(r['arch']))
         if full != got: parts.append(p(f"These are the sizes of this run. At full size {r['arch'].upper()} has {sum(o['parameters'] for o in full):,} parameters, {sum(o['parameters'] for o in full if o['kept']):,} of them kept."))
     parts += ['<h2>Training curves</h2>', p('Each in its own units and with its own masks (V2 scattered residues, V5 patches): losses and skills of the two do not compare with each other here; the next section is for that. Epochs whose loss was not recorded are left out of the lines.'), curves({'V2': r2['log'], 'V5': r5['log']})]
-    parts += ['<h2>Reconstruction on a common footing</h2>', p(f"{len(f['ids'])} proteins, drawn at random from the {f['of']:,} that both runs keep for validation, so that neither was trained on them. Whole patches of 32 residues are hidden, the same for both models; V2's residues are averaged over each patch; both are brought to the store's units divided by one standard deviation per dimension (that of V5's training proteins). "
+    parts += ['<h2>Reconstruction on a common footing</h2>', p(f"{len(f['ids'])} proteins, drawn at random from the {f['of']:,} that neither run was trained on. Whole patches of 32 residues are hidden, the same for both models; V2's residues are averaged over each patch; both are brought to the store's units divided by one standard deviation per dimension (that of V5's training proteins). "
         'Intervals: 95 %, bootstrap over proteins. Hidden patches are what V5 was trained on; V2 was trained on scattered residues, and sees each residue of the visible patches where V5 sees their mean. Relatives of training proteins may be among these proteins.'), footing_figure(rows),
         table([dict(model=r['model'], hidden=f"{r['hidden']:.0%}", patches=r['patches'], MSE=f"{r['mse']:.3f} [{r['mse_interval'][0]:.3f}, {r['mse_interval'][1]:.3f}]") | {f'skill against {w}': f'{r[k]:+.3f} {iv(r[k + "_interval"])}' for w, k in (('interpolation', 'skill'), ('training mean', 'skill_mean'), ('visible mean', 'skill_visible'))} for r in rows]),
         '<h3>The paired difference</h3>', table([dict(hidden=f"{o['hidden']:.0%}", **{'MSE, V5 minus V2': f"{o['mse_difference']:+.3f} {iv(o['interval'])}", 'skill, V5 minus V2': f"{o['skill_difference']:+.3f} {iv(o['skill_interval'])}", 'V5 lower in': f"{o['v5_lower_in']} of {o['proteins']}", 'V5 is': o['verdict']}) for o in pairs]), proteins_figure(f)]
@@ -107,15 +107,16 @@ def compare_report(
     title='V2 or V5?',
     remarks=(),   # sentences
     command='',   # that makes this page
+    only=None,    # the proteins both were given: ids, or a text file with one per line; None: the whole store
 )->dict:          # what the JSON holds
     "The report. What the earlier JSON knows of the same checkpoints on the same proteins is not computed again."
     about, js = provenance(), Path(path).with_suffix('.json')
     try: kept = json.loads(js.read_text())
     except (OSError, ValueError): kept = None
-    got = compare_runs(v2, v5, ppi, store, runs, bench, n, ratios, resamples, seed, kept)
+    got = compare_runs(v2, v5, ppi, store, runs, bench, n, ratios, resamples, seed, kept, only)
     parts, made = _parts(got, store, remarks, command), {Path(got[a]['folder']).name: got[a] for a in ('v2', 'v5')}
     page(path, title, parts)
-    clean = lambda r: {k: v for k, v in r.items() if k not in ('folder', 'store')}
+    clean = lambda r: {k: v for k, v in r.items() if k not in ('folder', 'store', 'chosen')}
     out = dict(title=title, remarks=list(remarks), conclusion=[dict(topic=a, says=b) for a, b in got['conclusion']], runs={k: clean(r) for k, r in made.items()}, parameters={r['arch']: parameter_rows(outline(r['arch'], **r['sizes'])) for r in made.values()},
         **{k: got[k] for k in ('footing', 'footing_rows', 'footing_differences', 'cost', 'bench', 'ppi', 'v5_against_v5_2', 'missing', 'variants', 'expected')}, ppi_resamples=resamples, published=PUBLISHED, command=tidy(command), provenance=about)
     write_json(js, out)

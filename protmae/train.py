@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'V2Task', 'V5Task', 'optimizer_for', 'warmup_cosine', 'stop_softly', 'make_config', 'check_config',
            'key_config', 'OwnPart', 'Run', 'save_state', 'load_state', 'write_log', 'train_step', 'settle', 'blame',
-           'check_weights', 'fit', 'Pretraining', 'run_folder', 'pretrain']
+           'check_weights', 'fit', 'Pretraining', 'chosen_proteins', 'chosen_digest', 'run_folder', 'pretrain']
 
 # %% ../nbs/lib/15_train.ipynb #5eb5799a
 import hashlib, json, math, os, shutil, signal, threading, time, warnings
@@ -433,7 +433,7 @@ def _finish_epoch(run):
         left = (c['epochs'] - row['epoch'])*np.mean([r['seconds'] + r['val_seconds'] for r in run.history[-5:]])
         run.say(f"epoch {row['epoch']}/{c['epochs']}  train {row['train_loss']:.4f}  {run.line(row)}  ETA {_hms(left)}")
 
-# %% ../nbs/lib/15_train.ipynb #cd3bd86a
+# %% ../nbs/lib/15_train.ipynb #c8e24da9
 class Pretraining(Run):
     "One pretraining run: `TransformerMAE` or `MAEV5` on a store."
     def __init__(self,
@@ -452,9 +452,9 @@ class Pretraining(Run):
         if not isinstance(sizes or {}, dict): raise ProtmaeError(f"sizes is the text {sizes!r}; expected a dict; with papermill pass it as -y \"sizes: {{embed_dim: 256}}\"")
         self.arch, self.store = arch, store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
         s = self.store; self.sizes = dict(input_dim=s.dim) | (sizes or {})
-        self.train_idx, self.val_idx, self.left_out = split_by_protein(s, c['val_fraction'], c['seed'], task.min_len, c['max_proteins'], chosen := _chosen(s, only))
+        self.train_idx, self.val_idx, self.left_out = split_by_protein(s, c['val_fraction'], c['seed'], task.min_len, c['max_proteins'], chosen := chosen_proteins(s, only))
         torch.manual_seed(seed_for(c['seed'], 'weights')); model = build(arch, **self.sizes)
-        super().__init__(out, c, dict(arch=arch, sizes=self.sizes, fingerprint=s.fingerprint, only=_only_digest(chosen)),
+        super().__init__(out, c, dict(arch=arch, sizes=self.sizes, fingerprint=s.fingerprint, only=chosen_digest(chosen)),
             dict(store=str(s.path.resolve()), model=s.model, note=str(s.attrs.get('note', '')), train_proteins=len(self.train_idx), val_proteins=len(self.val_idx), left_out=self.left_out,
                  left_out_why=f'shorter than {task.min_len} residues: nothing to mask'), resume, save_minutes, cpu)
         self.mean, self.std = s.mean_std(self.train_idx)
@@ -501,9 +501,12 @@ class Pretraining(Run):
         if self.acc.is_main_process: save_model(path, weights, self.arch, self.sizes, self.mean, self.std, config=self.config, fingerprint=self.store.fingerprint,
                    language_model=self.store.model, epoch=row['epoch'], val_loss=row['val_loss'])
 
-# %% ../nbs/lib/15_train.ipynb #253f9c9d
-def _chosen(store, only):
-    "Positions of the proteins to use, sorted; None: all."
+# %% ../nbs/lib/15_train.ipynb #f47166ee
+def chosen_proteins(
+    store, # `EmbeddingStore`
+    only,  # ids, or a text file with one per line; None: all
+)->np.ndarray: # positions, sorted; None: all
+    "The proteins that a run is told to use."
     if only is None: return None
     if isinstance(only, (str, Path)):
         if not Path(only).is_file(): raise ProtmaeError(f"there is no file {only}; expected a text file with a protein id per line")
@@ -512,7 +515,11 @@ def _chosen(store, only):
     if lack: raise ProtmaeError(f"{len(lack):,} of {len(only):,} chosen proteins are not in {store.path}, {lack[0]!r} first; expected ids of the store")
     return np.unique([at[k] for k in only])
 
-def _only_digest(chosen): return None if chosen is None else hashlib.sha256(chosen.astype('<i8').tobytes()).hexdigest()[:12]
+def chosen_digest(
+    chosen, # from `chosen_proteins`
+)->str:     # as `run.json` has it under 'only'; None: all
+    "Which proteins these are, in twelve letters."
+    return None if chosen is None else hashlib.sha256(chosen.astype('<i8').tobytes()).hexdigest()[:12]
 
 def run_folder(
     arch,      # 'v2' or 'v5'
@@ -524,7 +531,7 @@ def run_folder(
 )->Path:
     "A folder of its own for these settings and this data: the same call goes on, another one never collides."
     c = make_config(arch, **changes)
-    key = hashlib.sha256(json.dumps([arch, key_config(c), sizes or {}, store.fingerprint, *filter(None, [_only_digest(_chosen(store, only))])], sort_keys=True).encode()).hexdigest()[:6]
+    key = hashlib.sha256(json.dumps([arch, key_config(c), sizes or {}, store.fingerprint, *filter(None, [chosen_digest(chosen_proteins(store, only))])], sort_keys=True).encode()).hexdigest()[:6]
     return Path(root)/f"{arch}-{store.path.stem}-{c['epochs']}epochs-{key}"
 
 def pretrain(
