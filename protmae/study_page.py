@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['auroc_within', 'n_parameters', 'collect', 'ensembles', 'contrasts', 'paired', 'learning_curves', 'curve_table',
-           'noise_bound', 'noise_text', 'test_table', 'validation_table', 'contrast_table', 'shortcut_table',
-           'pretraining_table', 'study_report', 'study_compare', 'missing', 'answer']
+           'noise_bound', 'noise_text', 'test_table', 'validation_table', 'question_table', 'contrast_table',
+           'shortcut_table', 'pretraining_table', 'study_report', 'study_compare', 'missing', 'answer']
 
 # %% ../nbs/lib/42_study_page.ipynb #8dd68e9b
 import html, json
@@ -37,7 +37,7 @@ def auroc_within(
         if m: won, own, n = won + m*auroc(label[i], score[i]), own + m*auroc(label[i], by[i]), n + m
     return (won/n, own/n) if n else (float('nan'),)*2
 
-# %% ../nbs/lib/42_study_page.ipynb #79f80855
+# %% ../nbs/lib/42_study_page.ipynb #1a56bd50
 def _rows(folder): # of the one run in a job's folder
     logs = sorted(Path(folder).glob('*/log.jsonl'))
     if len(logs) != 1: raise ProtmaeError(f"{folder} holds {len(logs)} runs, expected 1; delete those of earlier settings")
@@ -65,7 +65,7 @@ def collect(
         if verb == 'test':
             for r in read_results(sorted(f.parent for f in j.folder.glob('*/test.json'))): results.append(r if j.about['encoder'] is None and r['arch'] != 'patches' else r | dict(system=j.about['system']))
     results += ensembles(results, plan.get('ensembles', {})); rows = against(results, resamples) if results else []; seconds = {j.name: json.loads(j.mark.read_text())['seconds'] for j in done}
-    return dict(pretraining=pre, validation=[dict(system=s, split=k, mean=float(np.mean([e['auroc'] for e in v.values()])), each=[v[i] for i in sorted(v)]) for (s, k), v in val.items()], test=rows, contrasts=contrasts(results, plan.get('reference') or next(iter(plan['systems'])), resamples), shortcut=_shortcut(results),
+    return dict(pretraining=pre, validation=[dict(system=s, split=k, encoder=None if plan['systems'][s].get('untrained') else plan['systems'][s].get('encoder'), mean=float(np.mean([e['auroc'] for e in v.values()])), each=[v[i] for i in sorted(v)]) for (s, k), v in val.items()], test=rows, contrasts=contrasts(results, plan.get('reference') or next(iter(plan['systems'])), resamples), shortcut=_shortcut(results),
                 missing=[j.name for j in jobs if not j.done], seconds=seconds, commits=sorted({json.loads(j.mark.read_text())['commit'] for j in done} | {r['commit'] for r in results}))
 
 def ensembles(
@@ -156,7 +156,7 @@ def noise_text(
     return (f"On the {top['split']} split {top['system']} is seen at {top['auroc']:.3f}, and {fair['system']} at {fair['within']:.3f} among pairs of about equal degree. So alpha + beta is at most {noise_bound(top['auroc']):.2f}, or {noise_bound(fair['within']):.2f} by the figure without the shortcut, and a perfect system would be seen at {fair['within']:.3f} or more. "
             f"To make the best C3 figure, {C3['auroc']:.3f} ({C3['system']}), the ceiling, alpha + beta would have to be {noise_bound(C3['auroc']):.2f}. " + ('Noise alone does not explain it: the same labels allow more.' if fair['within'] > C3['auroc'] else 'That is not ruled out by these figures.'))
 
-# %% ../nbs/lib/42_study_page.ipynb #c332be89
+# %% ../nbs/lib/42_study_page.ipynb #002d3e8c
 def _mean(rows): return f"{np.mean(rows):.3f}"
 
 def _markdown(rows):
@@ -180,10 +180,23 @@ def validation_table(
     found,     # from `collect`
     reference, # system that the others are compared with
 )->list:
-    "A row for each system that was validated."
-    return [{'system': v['system'], 'split': v['split'], 'validation AUROC': f"{v['mean']:.3f}", 'each seed': ', '.join(f"{e['auroc']:.3f}" for e in v['each']),
-             f'minus {reference}': '' if v['system'] == reference else f"{d:+.3f}" + (' in all' if len(e) > 1 and (all(x > 0 for x in e) or all(x < 0 for x in e)) else '') if (e := paired(found['validation'], v['system'], reference, v['split'])[1]) and (d := np.mean(e)) is not None else ''}
+    "A row for each system that was validated, with what its encoder cost and is worth as a reconstruction."
+    pre = {p['encoder']: p for p in pretraining_table(found)}; of = lambda v, k: pre[v['encoder']][k] if v['encoder'] in pre else ''; several = len({v['split'] for v in found['validation']}) > 1
+    return [{'system': v['system']} | ({'split': v['split']} if several else {}) | {'validation AUROC': f"{v['mean']:.3f}", 'each seed': ', '.join(f"{e['auroc']:.3f}" for e in v['each']),
+             f'minus {reference}': '' if v['system'] == reference else f"{d:+.3f}" + (' in all' if len(e) > 1 and (all(x > 0 for x in e) or all(x < 0 for x in e)) else '') if (e := paired(found['validation'], v['system'], reference, v['split'])[1]) and (d := np.mean(e)) is not None else '', 'pretrained, epochs': of(v, 'epochs'), 'seconds': of(v, 'seconds'), 'skill': of(v, 'skill against interpolation')}
             for v in sorted(found['validation'], key=lambda v: (list(LEAKS).index(v['split']), -v['mean']))]
+
+def question_table(
+    found, # from `collect`
+    questions, # of the plan: [question, system, other system]
+    split, # of the validation pairs
+)->list:
+    "A row for each question: what one system has over another on the same validation pairs, seed by seed."
+    rows = []
+    for ask, a, b in questions:
+        d, each = paired(found['validation'], a, b, split)
+        rows.append({'question': ask, 'validation AUROC of': a, 'minus that of': b, 'mean': f'{d:+.3f}' if each else 'missing', 'each seed': ', '.join(f'{x:+.3f}' for x in each), 'so': '' if len(each) < 3 else 'better in all' if min(each) > 0 else 'worse in all' if max(each) < 0 else 'both signs'})
+    return rows
 
 def contrast_table(
     found, # from `collect`
@@ -209,7 +222,7 @@ def pretraining_table(
         out.append({'encoder': n, 'runs': len(p), 'parameters': f"{p[0]['parameters']:,}", 'epochs': p[0]['epochs'], 'seconds': f"{mean('seconds'):,.0f}", 'skill against interpolation': f"{mean('skill'):+.3f}", 'against the mean': f"{mean('skill_mean'):+.3f}"})
     return out
 
-# %% ../nbs/lib/42_study_page.ipynb #538df63f
+# %% ../nbs/lib/42_study_page.ipynb #b2121378
 def study_report(
     plan,      # from `read_plan`
     path,      # .json to write; .md and .html beside it
@@ -218,7 +231,7 @@ def study_report(
     "The figures (.json), two pages (.md: the plan's text with tables and, where kaleido is installed, a .png), and the page with pictures (.html)."
     made, path = provenance(), Path(path); found = collect(plan, resamples=resamples) | dict(title=plan.get('title', 'Study'), provenance=made); found['learning'] = learning_curves(found, plan)
     ref = plan.get('reference') or next(iter(plan['systems'])); kinds = {k for s in plan['stages'] if not s.get('test') for k in s['splits']}
-    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'])), validation=_markdown(validation_table(ablated, ref)), contrasts=_markdown(contrast_table(found)), pretraining=_markdown(pretraining_table(found)),
+    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'])), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else '')), contrasts=_markdown(contrast_table(found)), pretraining=_markdown(pretraining_table(found)),
         shortcut=_markdown(shortcut_table(found)), learning=_markdown(curve_table(found['learning'])), noise=noise_text(found), answer=answer(found, ref), missing=missing(found))
     write_json(path, found); fig = dots(found['test']) if found['test'] else None; tables['picture'] = _picture(fig, path)
     text = (plan['nbs']/plan['text']).read_text() if plan.get('text') else '# {title}\n\n{answer}\n\n{picture}\n\n{test}\n\n{validation}\n\n{pretraining}\n\n{shortcut}\n\n{missing}\n'
@@ -228,6 +241,7 @@ def study_report(
     if found['test']: parts += ['<h2>Test pairs</h2>', '<p>Mean over seeds, with the mean ends of the 95 % intervals (bootstrap over proteins). What a split leaks: ' + html.escape('; '.join(f'{k}: {v}' for k, v in LEAKS.items())) + '.</p>', fig, table(test_table(found['test']))]
     if found['contrasts']: parts += [f"<h2>{html.escape(ref)} minus the other networks</h2>", '<p>Test AUROC, mean over seeds; a word only where the interval of every seed excludes 0.</p>', table(contrast_table(found))]
     if found['shortcut']: parts += ['<h2>The share of the degree shortcut</h2>', table(shortcut_table(found))]
+    if asked: parts += ['<h2>Questions to the validation pairs</h2>', table(asked)]
     if found['validation']: parts += ['<h2>Validation pairs</h2>', table(validation_table(found, ref))]
     if found['learning']: parts += ['<h2>More training pairs</h2>', table(curve_table(found['learning']))]
     if found['shortcut']: parts += ['<h2>Noise in the labels</h2>', f"<p>{html.escape(noise_text(found))}</p>"]
