@@ -17,7 +17,7 @@ from .ppi_metrics import compare, roc_figure
 from .report import page, table
 from .splits import LEAKS
 
-# %% ../nbs/lib/37_ppi_report.ipynb #11c99113
+# %% ../nbs/lib/37_ppi_report.ipynb #2349b905
 NETWORKS = 'v5', 'v5.2', 'patches'
 
 def read_results(
@@ -36,7 +36,7 @@ def read_results(
 def _read_result(f):
     t = json.loads((f/'test.json').read_text()); name = t['arch'] if t['arch'] in (*NETWORKS, 'degree') else f"{t['arch']}, {WHAT.get((_encoder_of(t), t['vectors']), t['vectors'])}"
     if t['kind'] not in LEAKS: raise ValueError(f"{t['kind']!r} is no kind of split")
-    if t['arch'] == 'patches': name = 'patch means, no encoder'
+    if t['arch'] == 'patches': name = f"{'adaptive ' if t['config'].get('patching') == 'adaptive' else ''}patch means, no encoder"
     elif Path(t.get('checkpoint') or '').name.startswith('untrained-'): name += ', untrained encoder'
     if t['arch'] in NETWORKS and t['config']['finetune']: name += f", {'LoRA' if t['config']['finetune'] == 'lora' else 'fine-tuned'}"
     with np.load(f/'test_scores.npz', allow_pickle=False) as z: return t | dict(system=name, folder=f.name) | {k: z[k] for k in ('label', 'score', 'a', 'b')}
