@@ -65,7 +65,7 @@ def _parts(got, store, remarks, command):
     r2, r5, says, f, rows, pairs, cost, speeds, rates, versus, lacking, changes, hopes = (got[k] for k in ('v2', 'v5', 'conclusion', 'footing', 'footing_rows', 'footing_differences', 'cost', 'bench', 'ppi', 'v5_against_v5_2', 'missing', 'variants', 'expected'))
     p = lambda s: f'<p>{html.escape(s)}</p>'; commands = lambda cs: ''.join(f'<pre>{html.escape(c)}</pre>' for c in cs); iv = lambda b: f'[{b[0]:+.3f}, {b[1]:+.3f}]'; made = [(Path(r['folder']).name, r) for r in (r2, r5)]
     parts = [f'<p class=note>{html.escape(s)}</p>' for s in sorted({r['note'] for r in (r2, r5)} - {''})] + [*map(p, remarks)]
-    parts += ['<h2>Conclusion</h2>', p('Computed from the intervals below. Better or worse means that the 95 % interval of the paired difference excludes 0 for every seed.'), *(f'<p><b>{html.escape(a)}{"" if a.endswith("?") else "."}</b> {html.escape(b)}</p>' for a, b in says)]
+    parts += ['<h2>Conclusion</h2>', p('Computed from the intervals below. Better or worse means that the 95 % interval of the paired difference, averaged over seeds, excludes 0.'), *(f'<p><b>{html.escape(a)}{"" if a.endswith("?") else "."}</b> {html.escape(b)}</p>' for a, b in says)]
     parts += ['<h2>Architectures</h2>', side_by_side([dict(model=r['arch'].upper()) | shape_row(outline(r['arch'], **r['sizes'])) for r in (r2, r5)])]
     for r in (r2, r5):
         got = parameter_rows(outline(r['arch'], **r['sizes'])); kept_n = sum(o['parameters'] for o in got if o['kept'])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_scores', 'Ranking', 'auroc', 'auprc', 'balance_weights', 'best_threshold', 'accuracy', 'ece', 'protein_weights',
-           'bootstrap', 'compare', 'evaluate', 'roc_figure', 'pr_figure']
+           'bootstrap', 'compare', 'compare_seeds', 'evaluate', 'roc_figure', 'pr_figure']
 
 # %% ../nbs/lib/34_ppi_metrics.ipynb #69bcefe5
 import html
@@ -107,10 +107,11 @@ def protein_weights(
 )->np.ndarray: # (n, pairs) float32, how often each pair counts
     "Pair weights from resampled proteins."
     used, at = np.unique(np.concatenate([a, b]), return_inverse=True)
-    ia, ib = at[:len(a)], at[len(a):]
-    m = rng.multinomial(len(used), np.full(len(used), 1/len(used)), size=n).astype(np.float32)
-    w = m[:, ia]*m[:, ib]
-    own = ia == ib; w[:, own] = m[:, ia[own]]
+    return _of_pairs(_resampled(len(used), n, rng), at[:len(a)], at[len(a):])
+
+def _resampled(proteins, n, rng): return rng.multinomial(proteins, np.full(proteins, 1/proteins), size=n).astype(np.float32)
+def _of_pairs(m, a, b):
+    w = m[:, a]*m[:, b]; own = a == b; w[:, own] = m[:, a[own]]
     return w
 
 def bootstrap(
@@ -148,12 +149,23 @@ def compare(
     level=0.95,
 )->tuple:     # AUROC of `one` minus that of `two`: difference, low, high
     "A paired bootstrap over proteins."
-    r, q = Ranking(label, one), Ranking(label, two); rng, d = np.random.default_rng(seed_for(seed, 'compare')), []
-    step = max(1, 2_000_000//len(label))
+    return compare_seeds([(label, one, two, a, b)], resamples, seed, level)
+
+def compare_seeds(
+    tests,    # one (label, one, two, a, b) for each seed, as `compare` takes them; a number means the same protein in all of them
+    resamples=1000,
+    seed=0,
+    level=0.95,
+)->tuple:     # mean over the seeds of the AUROC of `one` minus that of `two`: difference, low, high
+    "A paired bootstrap over proteins, the same ones for all seeds."
+    ranks = [(Ranking(y, one), Ranking(y, two)) for y, one, two, _, _ in tests]; sides = [np.asarray(p) for *_, a, b in tests for p in (a, b)]
+    used, at = np.unique(np.concatenate(sides), return_inverse=True); sides = np.split(at, np.cumsum([len(p) for p in sides])[:-1])
+    rng, d, step = np.random.default_rng(seed_for(seed, 'compare')), [], max(1, 2_000_000//sum(len(t[0]) for t in tests))
     for i in range(0, check_number('resamples', resamples, 1, integer=True), step):
-        w = protein_weights(np.asarray(a), np.asarray(b), min(step, resamples - i), rng); d.append(r.metrics(w)[0] - q.metrics(w)[0])
-    lo, hi = np.nanquantile(np.concatenate(d), [(1 - level)/2, (1 + level)/2])
-    return auroc(label, one) - auroc(label, two), float(lo), float(hi)
+        m = _resampled(len(used), min(step, resamples - i), rng)
+        d.append([r.metrics(w)[0] - q.metrics(w)[0] for (r, q), a, b in zip(ranks, sides[::2], sides[1::2]) for w in [_of_pairs(m, a, b)]])
+    lo, hi = np.nanquantile(np.nanmean(np.concatenate(d, 1), 0), [(1 - level)/2, (1 + level)/2])
+    return float(np.mean([auroc(t[0], t[1]) - auroc(t[0], t[2]) for t in tests])), float(lo), float(hi)
 
 # %% ../nbs/lib/34_ppi_metrics.ipynb #0954f0ed
 def evaluate(
