@@ -149,23 +149,24 @@ def compare(
     level=0.95,
 )->tuple:     # AUROC of `one` minus that of `two`: difference, low, high
     "A paired bootstrap over proteins."
-    return compare_seeds([(label, one, two, a, b)], resamples, seed, level)
+    return compare_seeds([(label, one, two, a, b)], resamples, seed, level)[0]
 
 def compare_seeds(
     tests,    # one (label, one, two, a, b) for each seed, as `compare` takes them; a number means the same protein in all of them
     resamples=1000,
     seed=0,
     level=0.95,
-)->tuple:     # mean over the seeds of the AUROC of `one` minus that of `two`: difference, low, high
-    "A paired bootstrap over proteins, the same ones for all seeds."
+)->tuple:     # AUROC of `one` minus that of `two`: (difference, low, high) of the mean over seeds, and a list of the same for each seed
+    "A paired bootstrap over proteins, the same ones for all seeds. The models are taken as they are: the luck of their training is not in the intervals."
     ranks = [(Ranking(y, one), Ranking(y, two)) for y, one, two, _, _ in tests]; sides = [np.asarray(p) for *_, a, b in tests for p in (a, b)]
     used, at = np.unique(np.concatenate(sides), return_inverse=True); sides = np.split(at, np.cumsum([len(p) for p in sides])[:-1])
     rng, d, step = np.random.default_rng(seed_for(seed, 'compare')), [], max(1, 2_000_000//sum(len(t[0]) for t in tests))
     for i in range(0, check_number('resamples', resamples, 1, integer=True), step):
         m = _resampled(len(used), min(step, resamples - i), rng)
         d.append([r.metrics(w)[0] - q.metrics(w)[0] for (r, q), a, b in zip(ranks, sides[::2], sides[1::2]) for w in [_of_pairs(m, a, b)]])
-    lo, hi = np.nanquantile(np.nanmean(np.concatenate(d, 1), 0), [(1 - level)/2, (1 + level)/2])
-    return float(np.mean([auroc(t[0], t[1]) - auroc(t[0], t[2]) for t in tests])), float(lo), float(hi)
+    d, seen = np.concatenate(d, 1), [auroc(t[0], t[1]) - auroc(t[0], t[2]) for t in tests]
+    band = lambda x: [float(v) for v in np.nanquantile(x, [(1 - level)/2, (1 + level)/2])]
+    return (float(np.mean(seen)), *band(np.nanmean(d, 0))), [(m, *band(x)) for m, x in zip(seen, d)]
 
 # %% ../nbs/lib/34_ppi_metrics.ipynb #0954f0ed
 def evaluate(

@@ -13,7 +13,7 @@ import numpy as np
 
 from .core import ProtmaeError, provenance, write_json
 from .plots import OKABE_ITO
-from .ppi_metrics import compare, compare_seeds, roc_figure
+from .ppi_metrics import compare_seeds, roc_figure
 from .report import page, table
 from .splits import LEAKS
 
@@ -49,7 +49,7 @@ def difference(
     one, two, # systems
     split,   # its kind
     resamples=1000,
-)->dict:     # split, system: two, mean over seeds and its interval, each seed's difference and interval, verdict; None without a seed in common
+)->dict:     # one, split, system: two, mean over seeds and its interval, each seed's difference and interval, verdict; None without a seed in common
     "Test AUROC of a system minus that of another, on the same pairs."
     of = {s: {r['seed']: r for r in results if (r['kind'], r['system']) == (split, s)} for s in (one, two)}; both = {}
     for seed in sorted(of[one].keys() & of[two].keys()):
@@ -57,8 +57,8 @@ def difference(
         if o['split'] != r['split']: raise ProtmaeError(f"{r['folder']} and {o['folder']} are of different splits; evaluate both on the same pairs")
         both[str(seed)] = r['label'], r['score'], o['score'], r['a'], r['b']
     if not both: return None
-    rounded = lambda v: [round(float(x), 4) for x in v]; mean, *band = rounded(compare_seeds(list(both.values()), resamples))
-    return dict(split=split, system=two, mean=mean, interval=band, each={k: rounded(compare(*t, resamples)) for k, t in both.items()}, verdict='better' if band[0] > 0 else 'worse' if band[1] < 0 else 'not distinguishable')
+    all_seeds, each = compare_seeds(list(both.values()), resamples); rounded = lambda v: [round(x, 4) for x in v]; mean, *band = rounded(all_seeds)
+    return dict(one=one, split=split, system=two, mean=mean, interval=band, each={k: rounded(e) for k, e in zip(both, each)}, verdict='better' if band[0] > 0 else 'worse' if band[1] < 0 else 'not distinguishable')
 
 def against(
     results, # from `read_results`

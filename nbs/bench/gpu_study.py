@@ -80,12 +80,12 @@ def bring_back(plan):
     from protmae.study import plan_jobs
     from protmae.study_page import n_parameters, study_report
     a.out.mkdir(parents=True, exist_ok=True); jobs = plan_jobs(plan)
-    study_report(plan, a.out/'study.json')
     with tarfile.open(a.out/'results.tar.gz', 'w:gz') as t:
         for f in sorted(plan['out'].rglob('*')):
             if f.is_file() and f.suffix in ('.json', '.jsonl', '.npz', '.log') and 'state' not in f.parts: t.add(f, f.relative_to(plan['out']))
     for f in [f for j in jobs if j.done and j.name.startswith('pretrain') for f in j.folder.glob('*/best.safetensors') if n_parameters(f)*2 < 16e6][:3]:
         save_file({k: v.half() for k, v in load_file(f).items()}, a.out/f'{f.parents[1].name}.f16.safetensors')
+    study_report(plan, a.out/'study.json', resamples=200)                            # last, and with few resamples: intervals of every pair of systems take minutes
     left = [j.name for j in jobs if not j.done]; print(f'{len(jobs) - len(left)} of {len(jobs)} jobs are done' + (f'; next: {left[0]}' if left else ': all of it'), flush=True)
     dev = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
     (a.out/'machine.json').write_text(json.dumps(dict(device=dev, torch=torch.__version__, seconds=time.perf_counter() - start, embedded=(a.work/'embedded').read_text() if (a.work/'embedded').exists() else None, left=len(left))))
