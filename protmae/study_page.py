@@ -130,7 +130,7 @@ def keep(
             if not all(same(r[x]) for x in ('one', 'system' if 'system' in r else 'encoder') if x in r): continue
             if k == 'validation': s = all_of[1]['systems'].get(r['system'], {}); r = {'encoder': None if s.get('untrained') else s.get('encoder')} | r
             if n not in rows or seeds(r) > seeds(rows[n]): rows[n] = {'kept': commit} | r
-            elif k in ('validation', 'test'): rows[n] = rows[n] | dict(was=r.get('was', {}) | {r.get('kept', commit): r['each']})       # so that a kept row is compared with what ran beside it, and two runs of the same with each other
+            elif k in ('validation', 'test') and (was := r.get('was', {}) | ({} if r['each'] == rows[n]['each'] else {r.get('kept', commit): r['each']})): rows[n] = rows[n] | dict(was=was)       # so that a kept row is compared with what ran beside it, and two runs of the same with each other
         out[k] = list(rows.values())
     for k, at in (('test', 'kind'), ('contrasts', 'split')): out[k].sort(key=lambda r: (list(LEAKS).index(r[at]), -r.get('auroc', 0)))
     kept = {(r.get('system', r.get('encoder')), r.get('split', r.get('kind', r.get('proteins')))) for k in ('pretraining', 'validation', 'test') for r in out[k] if 'kept' in r}
