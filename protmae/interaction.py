@@ -236,6 +236,13 @@ class PPIClassifier(nn.Module):
         "Logits of pairs among some proteins."
         t, m = self.tokens_of(features, lengths), token_mask(lengths, self.patching)
         return self.head(self.interaction.pairs(t, m, a, b))
+    def alone(self,
+        features: Tensor, # (P, ., .) of the proteins at hand
+        lengths: Tensor,  # (P,)
+    )->Tensor:            # (P, D)
+        "What the interaction token gathers of each protein paired with itself: one vector per protein, for contrastive pretraining."
+        n = torch.arange(len(lengths), device=lengths.device)
+        return self.interaction.pairs(self.tokens_of(features, lengths), token_mask(lengths, self.patching), n, n)
     def forward(self,
         xa, lengths_a: Tensor, # (B, L, D), (B,): one protein of each pair
         xb, lengths_b: Tensor, # the other

@@ -144,7 +144,7 @@ def key_config(
     c, # a configuration
 )->dict:
     "What of it makes the name of a run's folder: settings that came later count only where they are set, so that earlier runs are found."
-    return {k: v for k, v in c.items() if not (v is None and k in ('mask', 'patching', 'focal'))}
+    return {k: v for k, v in c.items() if not (v is None and k in ('mask', 'patching', 'focal', 'contrastive'))}
 
 class OwnPart(Dataset):
     "What one of several processes reads of each batch: every n-th protein."
