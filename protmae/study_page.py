@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['auroc_within', 'n_parameters', 'collect', 'ensembles', 'contrasts', 'keep', 'again_table', 'kept_text', 'paired',
-           'learning_curves', 'curve_table', 'noise_bound', 'noise_text', 'test_table', 'validation_table',
-           'question_table', 'contrast_table', 'shortcut_table', 'pretraining_table', 'study_report', 'study_compare',
-           'missing', 'answer']
+           'rerun_groups', 'run_spread', 'between_runs', 'runs_table', 'learning_curves', 'curve_table', 'noise_bound',
+           'noise_text', 'test_table', 'validation_table', 'question_table', 'contrast_table', 'shortcut_table',
+           'pretraining_table', 'study_report', 'study_compare', 'missing', 'answer']
 
 # %% ../nbs/lib/42_study_page.ipynb #8dd68e9b
 import html, json
@@ -173,6 +173,54 @@ def paired(
     x, y = each(a, b), each(b, a); d = [x[s] - y[s] for s in sorted(x.keys() & y.keys())]
     return (float(np.mean(d)) if d else float('nan')), d
 
+# %% ../nbs/lib/42_study_page.ipynb #c0a71e12
+def rerun_groups(
+    plan, # from `read_plan`
+)->dict:  # name of the average -> its members, in the plan's order
+    "Averages whose members differ in nothing but seeds."
+    def settings(s):
+        of = plan['systems'].get(s)
+        if of is None: return None
+        plain = lambda d: {k: v for k, v in d.items() if k not in ('seed', 'encoder')}
+        return plain(of) | dict(head=plain(of.get('head', {})), encoder=plain(plan['encoders'].get(of.get('encoder'), {})))
+    return {n: m for n, m in plan.get('ensembles', {}).items() if len(m) > 1 and (s := settings(m[0])) is not None and all(settings(x) == s for x in m[1:])}
+
+def run_spread(
+    test, # of `collect`
+    plan, # from `read_plan`
+)->list:  # dicts: system (the first run), split, runs (per seed of the split, each run's test AUROC), mean, sd and its degrees of freedom, averaged (AUROC of the mean logits)
+    "Test AUROC of each run of the same settings and pairs, and the standard deviation between them."
+    out, of = [], {(r['system'], r['kind']): r for r in test if 'kept' not in r}
+    for name, members in rerun_groups(plan).items():
+        for k in LEAKS:
+            rows = [{e['seed']: e['auroc'] for e in of[m, k]['each']} for m in members if (m, k) in of]
+            seeds = sorted(set.intersection(*map(set, rows))) if len(rows) == len(members) else []
+            if not seeds: continue
+            x = np.array([[r[s] for r in rows] for s in seeds]); df = x.shape[0]*(x.shape[1] - 1)
+            out.append(dict(system=members[0], split=k, seeds=seeds, runs=x.tolist(), mean=float(x.mean()), sd=float(np.sqrt(x.var(1, ddof=1).mean())), df=df, averaged=of[name, k]['auroc'] if (name, k) in of else None))
+    return out
+
+def between_runs(
+    one, other, # from `run_spread`, of the same split and seeds
+)->tuple:       # mean difference, half of its 95 % interval
+    "How far two systems are apart over all their runs, and how sure random numbers leave that."
+    from scipy.stats import t
+    a, b = one['sd']**2/np.size(one['runs']), other['sd']**2/np.size(other['runs'])
+    df = (a + b)**2/(a**2/one['df'] + b**2/other['df']) if a + b else 1.
+    return one['mean'] - other['mean'], float(t.ppf(.975, df)*np.sqrt(a + b))
+
+def runs_table(
+    spread, # from `run_spread`
+)->list:
+    "A row for each system: every run, and the first system minus it."
+    def row(r):
+        first = next(f for f in spread if f['split'] == r['split']); d, half = between_runs(first, r) if first['seeds'] == r['seeds'] else (0., 0.)
+        return {'system': r['system'], 'split': r['split'], 'test AUROC of each run': '; '.join(' '.join(f'{x:.3f}' for x in v) for v in r['runs']), 'mean': f"{r['mean']:.3f}", 'sd between runs': f"{r['sd']:.3f}", 'logits averaged': '' if r['averaged'] is None else f"{r['averaged']:.3f}", f'{spread[0]["system"]} minus it': '' if r is first else f'{d:+.3f} ({d - half:+.3f} to {d + half:+.3f})'}
+    return [row(r) for r in spread]
+
+def _without_reruns(rows, plan): # one run of each system; the others stand in `runs_table`
+    more = {m for ms in rerun_groups(plan).values() for m in ms[1:]}; return [r for r in rows if r.get('system') not in more]
+
 # %% ../nbs/lib/42_study_page.ipynb #c0ff448c
 def learning_curves(
     found, # from `collect`
@@ -253,7 +301,8 @@ def question_table(
     rows = []
     for ask, a, b in questions:
         d, each = paired(found['validation'], a, b, split); kept = max([_star(v) for v in found['validation'] if v['split'] == split and v['system'] in (a, b)], default='')
-        rows.append({'question': ask, 'validation AUROC of': a, 'minus that of': b, 'mean': f'{d:+.3f}{kept}' if each else 'missing', 'each seed': ', '.join(f'{x:+.3f}' for x in each), 'so': '' if len(each) < 3 else 'better in all' if min(each) > 0 else 'worse in all' if max(each) < 0 else 'both signs', 'test AUROC': next((_difference(o) for o in found['asked'] if (o['question'], o['one'], o['system'], o['split']) == (ask, a, b, split)), '')})
+        test = next((_difference(o) for o in found['asked'] if (o['question'], o['one'], o['system'], o['split']) == (ask, a, b, split)), '')
+        rows.append({'question': ask, 'validation AUROC of': a, 'minus that of': b, 'mean': f'{d:+.3f}{kept}' if each else '' if test else 'missing', 'each seed': ', '.join(f'{x:+.3f}' for x in each), 'so': '' if len(each) < 3 else 'better in all' if min(each) > 0 else 'worse in all' if max(each) < 0 else 'both signs', 'test AUROC': test})
     return rows
 
 def _difference(o): # of `difference`
@@ -295,10 +344,11 @@ def study_report(
     made, path = provenance(), Path(path); found = collect(plan, resamples=resamples)
     if earlier is not None: found = keep(found, earlier)
     found |= dict(title=plan.get('title', 'Study'), provenance=made); found['learning'] = learning_curves(found, plan)
+    found['runs'] = run_spread(found['test'], plan); whole, found = found, found | {k: _without_reruns(found[k], plan) for k in ('test', 'validation', 'contrasts', 'shortcut')}
     ref = plan.get('reference') or next(iter(plan['systems'])); kinds = {k for s in plan['stages'] if not s.get('test') for k in s['splits']}
     ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'])), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else '')), contrasts=_markdown(contrast_table(found, ref)), pretraining=_markdown(pretraining_table(found)),
-        shortcut=_markdown(shortcut_table(found)), learning=_markdown(curve_table(found['learning'])), noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), again=_markdown(again_table(found)))
-    write_json(path, found); fig = dots(found['test']) if found['test'] else None; tables['picture'] = _picture(fig, path)
+        shortcut=_markdown(shortcut_table(found)), learning=_markdown(curve_table(found['learning'])), noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), again=_markdown(again_table(found)), runs=_markdown(runs_table(found['runs'])))
+    write_json(path, whole); fig = dots(found['test']) if found['test'] else None; tables['picture'] = _picture(fig, path)
     text = (plan['nbs']/plan['text']).read_text() if plan.get('text') else '# {title}\n\n{answer}\n\n{picture}\n\n{test}\n\n{validation}\n\n{pretraining}\n\n{shortcut}\n\n{kept}{missing}\n'
     for k, v in dict(tables, title=found['title'], commit=made['commit']).items(): text = text.replace('{' + k + '}', v)
     with atomic(path.with_suffix('.md')) as t: Path(t).write_text(text)
@@ -310,11 +360,12 @@ def study_report(
     if found['validation']: parts += ['<h2>Validation pairs</h2>', table(validation_table(found, ref))]
     if found['learning']: parts += ['<h2>More training pairs</h2>', table(curve_table(found['learning']))]
     if found['shortcut']: parts += ['<h2>Noise in the labels</h2>', f"<p>{html.escape(noise_text(found))}</p>"]
+    if found['runs']: parts += ['<h2>The same settings and pairs, other random numbers</h2>', '<p>Test AUROC of each run, a group for each seed of the split. In brackets: 95 %, from the spread between runs alone (Welch), on these pairs.</p>', table(runs_table(found['runs']))]
     if found['pretraining']: parts += ['<h2>Pretraining</h2>', table(pretraining_table(found))]
     if again := again_table(found): parts += ['<h2>The same settings, embedded and run anew</h2>', table(again)]
     parts += ['<h2>Missing</h2>', f"<p>{html.escape(missing(found))}</p>"]
     page(path.with_suffix('.html'), found['title'], parts)
-    return found
+    return whole
 
 def study_compare(
     plan,    # from `read_plan`, with `compare`: v2 and v5, names of encoders
