@@ -24,7 +24,7 @@ def unseen(
     store, # `EmbeddingStore`
     *runs, # from `read_run`
 )->np.ndarray: # positions, of proteins of two patches or more
-    "Proteins that every one of these runs keeps for validation, or was not given at all (its `chosen`, from `protmae.compare.with_chosen`). A run on a sample (max_proteins) keeps those outside of its sample too: the sequence and the seed decide."
+    "Proteins that every one of these runs keeps for validation, or was not given at all (its `chosen`, from `protmae.compare.with_chosen`), nor under another id. A run on a sample (max_proteins) keeps those outside of its sample too: the sequence and the seed decide."
     for r in runs:
         if r['fingerprint'] != store.fingerprint: raise ProtmaeError(f"{Path(r['folder']).name} was trained on store {r['fingerprint']}, and {store.path} is {store.fingerprint}; pass the store of both runs")
     long = np.flatnonzero(store.lengths > PATCH_SIZE); name = lambda i: store.sequences[i] or store.ids[i]
@@ -33,6 +33,7 @@ def unseen(
     for r in runs:                                            # and so they say themselves
         c = r['config']; train = split_by_protein(store, c['val_fraction'], c['seed'], dict(v2=2, v5=PATCH_SIZE + 1)[r['arch']], c['max_proteins'], r.get('chosen'))[0]
         if len(train) != r['train_proteins'] or np.isin(keep, train).any(): raise ProtmaeError(f"{Path(r['folder']).name} says that it trained on {r['train_proteins']:,} proteins, and its settings give {len(train):,}, {int(np.isin(keep, train).sum())} of them among those kept for validation; which proteins it was trained on is not known, so nothing is compared")
+        names = set(map(name, train)); keep = np.array([i for i in keep if name(i) not in names], np.int64)      # the same sequence under another id has been seen
     if not len(keep): raise ProtmaeError(f"no protein of {store.path} is validation in all of {', '.join(Path(r['folder']).name for r in runs)}; train them with the same seed and val_fraction")
     return keep
 
