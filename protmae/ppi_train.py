@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['config_ppi', 'config_for', 'check_finetune', 'make_classifier', 'load_encoder', 'PairBatches', 'focal', 'info_nce',
-           'PPITraining', 'ppi_folder', 'load_classifier', 'predict', 'test_once', 'epoch_cost']
+           'PPITraining', 'best_epoch', 'ppi_folder', 'load_classifier', 'predict', 'test_once', 'epoch_cost']
 
 # %% ../nbs/lib/36_ppi_train.ipynb #010ebd69
 import hashlib, json, time
@@ -41,7 +41,9 @@ def config_for(
     c['whiten'] = check_number('whiten', c['whiten'], 0, open_low=True)
     if c['focal'] is not None: c['focal'] = check_number('focal', c['focal'], 0, open_low=True)
     if c['patching'] is not None: n_patches(1, c['patching'])
-    if c['contrastive'] is not None and (k := check_number('contrastive', c['contrastive'], 1, integer=True)) >= c['epochs']: raise ProtmaeError(f"contrastive is {k} of {c['epochs']} epochs; expected fewer: the head learns in the rest")
+    if c['contrastive'] is not None:
+        c['contrastive'] = k = check_number('contrastive', c['contrastive'], 1, integer=True)
+        if k >= c['epochs']: raise ProtmaeError(f"contrastive is {k} of {c['epochs']} epochs; expected fewer: the head learns in the rest")
     return c
 
 def check_finetune(v):
@@ -111,7 +113,7 @@ def info_nce(
 )->Tensor:                # (2m,) for both proteins of the m pairs that join two different ones; empty where there is none
     "Which protein of the batch is the partner? -log of its share of exp(cosine/temperature), among it and all that are no partner in this batch (van den Oord et al. 2018, arXiv 1807.03748, equation 4)."
     i, j = torch.cat([a, b]), torch.cat([b, a]); i, j = i[i != j], j[i != j]
-    z = F.normalize(z.float(), dim=-1); s = z@z.T/temperature
+    with torch.autocast(z.device.type, enabled=False): z = F.normalize(z.float(), dim=-1); s = z@z.T/temperature        # bfloat16 cannot tell near vectors apart
     known = torch.eye(len(z), dtype=torch.bool, device=z.device); known[i, j] = True
     rest = s.masked_fill(known, -torch.inf).logsumexp(1)                       # all but itself and its partners
     return torch.logaddexp(rest[i], s[i, j]) - s[i, j]
@@ -147,12 +149,14 @@ class PPITraining(Run):
                  kind=split.kind, leaks=split.leaks, train_pairs=len(split.train), val_pairs=len(split.val), test_pairs=len(split.test)), resume, save_minutes, cpu)
         self.data, self.tokens_built = PairBatches(pairs, inputs), cache.built
         self.start(_Scorer(net), self.data, EpochSampler(split.train, c['batch_size'], None, c['seed']), self.data, EpochSampler(split.val, c['batch_size'], None, shuffle=False))
+    @property
+    def prelude(self): return self.config['contrastive'] or 0
     def intro(self):
         m = self.acc.unwrap_model(self.model); n = sum(p.numel() for p in m.parameters() if p.requires_grad)
         return (f"{self.store.attrs['note']}\n" if self.store.attrs.get('note') else '') + f"{self.arch} on {self.split!r}\n{n:,} of {self.n_params:,} parameters train"
     def _logits(self, b, **more): return self.model(**{k: v for k, v in b.items() if k not in ('label', 'index', 'own')}, **more)
     def loss(self, b):
-        if self.epoch < (self.config['contrastive'] or 0):
+        if self.epoch < self.prelude:
             z, on = self._logits(b, alone=True), b['label'] > .5; l = info_nce(z, b['a'][on], b['b'][on])
             return self.overall([(l.mean() if len(l) else 0*z.sum(), len(l))], b.get('own', True))
         l, g = F.binary_cross_entropy_with_logits(self._logits(b), b['label'], reduction='none'), self.config['focal']
@@ -181,6 +185,12 @@ class PPITraining(Run):
         save_tensors(path, {k: v for k, v in net.state_dict().items() if _kept(k, self.config['finetune'])}, self.about | dict(epoch=row['epoch'], val_auroc=row['val_auroc']))
 
 # %% ../nbs/lib/36_ppi_train.ipynb #a1bc8639
+def best_epoch(
+    history, # rows of a run's log
+)->dict:     # a row
+    "The epoch whose weights a PPI run keeps: the highest validation AUROC once the head learns."
+    return max((r for r in history if not r.get('prelude')), key=lambda r: r['val_auroc'])
+
 def ppi_folder(
     root,  # folder of all runs
     arch,  # 'v5', 'v5.2', 'patches' or the name of a baseline
@@ -262,7 +272,7 @@ def test_once(
     load = lambda idx: run.loader(run.data, EpochSampler(idx, run.config['batch_size'], None, shuffle=False))
     (vy, vp), (y, p) = (run.scores(load(i), i) for i in (run.split.val, run.split.test))
     m = evaluate(y, p, run.pairs.a[run.split.test], run.pairs.b[run.split.test], vy, vp, resamples, run.config['seed'])
-    best = max(run.history, key=lambda r: r['val_auroc'])
+    best = best_epoch(run.history)
     out = dict(arch=run.arch, checkpoint=run.about['checkpoint'], encoder=run.about['encoder'], kind=run.split.kind, split=run.split.fingerprint, seed=run.split.seed, train_pairs=len(run.split.train), test_pairs=len(run.split.test), leaks=run.split.leaks, best_epoch=best['epoch'], epochs=len(run.history), metrics=m,
                seconds_per_epoch=float(np.median([r['seconds'] for r in run.history])), val_auroc=best['val_auroc'], config=run.config, **more, **provenance())
     with atomic(run.out/'test_scores.npz') as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, pair=run.split.test, a=run.pairs.a[run.split.test], b=run.pairs.b[run.split.test], label=y, score=p.astype('f4'))

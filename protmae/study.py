@@ -89,6 +89,8 @@ class Splits:
             with atomic(f) as t: Path(t).write_text('\n'.join(ids) + '\n')
         return f
 
+def _seed_of(run, seed): return 100*(run - 1) + seed      # of the random numbers of another run on the same split
+
 def _slug(name): return ''.join(c if c.isalnum() or c in '.-' else '_' for c in name)
 
 def plan_jobs(
@@ -100,7 +102,8 @@ def plan_jobs(
     rel = lambda p: os.path.relpath(p, plan['nbs'])
     common = dict(store=rel(plan['store']))
     def pretraining(encoder, group, stage):
-        e = dict(plan['encoders'][encoder]); nb, proteins = e.pop('notebook'), e.pop('proteins', 'training')
+        e = dict(plan['encoders'][encoder]); nb, proteins, again = e.pop('notebook'), e.pop('proteins', 'training'), e.pop('run', 1)
+        if again > 1: e['seed'] = _seed_of(again, int(group.rsplit('-seed', 1)[1]) if '-seed' in group else 0)
         if proteins == 'all': group = 'all'
         name, folder = f'pretrain {encoder} {group}', plan['out']/'pretrain'/f'{_slug(encoder)}-{group}'
         if name not in jobs: jobs[name] = Job(name, folder, nb, common | dict(runs=rel(folder), only=None if group == 'all' else rel(splits.only(group))) | e, (), stage, dict(encoder=encoder, proteins=group))
@@ -109,7 +112,8 @@ def plan_jobs(
         for seed in st['seeds']:
             for system in st['systems']:
                 for kind in st['splits']:
-                    p = dict(plan['systems'][system]); encoder, needs = p.pop('encoder', None), ()
+                    p = dict(plan['systems'][system]); encoder, again, needs = p.pop('encoder', None), p.pop('run', 1), ()
+                    if again > 1: p['head'] = p.get('head', {}) | dict(seed=_seed_of(again, seed))
                     if encoder:
                         j = pretraining(encoder, splits.group(kind, seed), st['name']); needs = (j.name,); p['checkpoint'] = rel(j.folder)
                     verb = 'test' if st.get('test') else 'validate'

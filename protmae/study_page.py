@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from .core import ProtmaeError, atomic, provenance, write_json
 from .ppi_metrics import auroc, evaluate
+from .ppi_train import best_epoch
 from .ppi_report import NETWORKS, against, difference, dots, read_results
 from .compare_page import compare_report
 from .report import page, table
@@ -61,7 +62,7 @@ def collect(
             log, run = _rows(j.folder); best = min(log, key=lambda r: r['val_loss'])
             pre.append(dict(encoder=j.about['encoder'], proteins=j.about['proteins'], parameters=n_parameters(best_weights(j.folder)), epochs=len(log), seconds=sum(r['seconds'] + r.get('val_seconds', 0) for r in log), skill=best['skill'], skill_mean=best['skill_mean'], commit=run.get('commit')))
         if verb != 'pretrain' and j.about['system'] not in baselines:
-            log, run = _rows(j.folder); best = max(log, key=lambda r: r['val_auroc'])
+            log, run = _rows(j.folder); best = best_epoch(log)
             val.setdefault((j.about['system'], j.about['split']), {})[j.about['seed']] = dict(seed=j.about['seed'], auroc=best['val_auroc'], epoch=best['epoch'], epochs=len(log), val_pairs=run.get('val_pairs'), seconds=sum(r['seconds'] for r in log))
         if verb == 'test':
             for r in read_results(sorted(f.parent for f in j.folder.glob('*/test.json'))): results.append(r if j.about['encoder'] is None and r['arch'] != 'patches' else r | dict(system=j.about['system']))
@@ -177,12 +178,12 @@ def paired(
 def rerun_groups(
     plan, # from `read_plan`
 )->dict:  # name of the average -> its members, in the plan's order
-    "Averages whose members differ in nothing but seeds."
+    "Averages whose members differ in nothing but `run`."
     def settings(s):
         of = plan['systems'].get(s)
         if of is None: return None
-        plain = lambda d: {k: v for k, v in d.items() if k not in ('seed', 'encoder')}
-        return plain(of) | dict(head=plain(of.get('head', {})), encoder=plain(plan['encoders'].get(of.get('encoder'), {})))
+        plain = lambda d: {k: v for k, v in d.items() if k not in ('run', 'encoder')}
+        return plain(of) | dict(encoder=plain(plan['encoders'].get(of.get('encoder'), {})))
     return {n: m for n, m in plan.get('ensembles', {}).items() if len(m) > 1 and (s := settings(m[0])) is not None and all(settings(x) == s for x in m[1:])}
 
 def run_spread(
@@ -214,8 +215,9 @@ def runs_table(
 )->list:
     "A row for each system: every run, and the first system minus it."
     def row(r):
-        first = next(f for f in spread if f['split'] == r['split']); d, half = between_runs(first, r) if first['seeds'] == r['seeds'] else (0., 0.)
-        return {'system': r['system'], 'split': r['split'], 'test AUROC of each run': '; '.join(' '.join(f'{x:.3f}' for x in v) for v in r['runs']), 'mean': f"{r['mean']:.3f}", 'sd between runs': f"{r['sd']:.3f}", 'logits averaged': '' if r['averaged'] is None else f"{r['averaged']:.3f}", f'{spread[0]["system"]} minus it': '' if r is first else f'{d:+.3f} ({d - half:+.3f} to {d + half:+.3f})'}
+        first = next((f for f in spread if (f['system'], f['split']) == (spread[0]['system'], r['split'])), r)
+        d, half = between_runs(first, r)
+        return {'system': r['system'], 'split': r['split'], 'test AUROC of each run': '; '.join(' '.join(f'{x:.3f}' for x in v) for v in r['runs']), 'mean': f"{r['mean']:.3f}", 'sd between runs': f"{r['sd']:.3f}", 'logits averaged': '' if r['averaged'] is None else f"{r['averaged']:.3f}", f'{spread[0]["system"]} minus it': '' if r is first or first['seeds'] != r['seeds'] else f'{d:+.3f} ({d - half:+.3f} to {d + half:+.3f})'}
     return [row(r) for r in spread]
 
 def _without_reruns(rows, plan): # one run of each system; the others stand in `runs_table`
@@ -242,7 +244,7 @@ def curve_table(
 )->list:
     "A row for each system, a column for each share."
     shares = sorted({s for c in curves for s in c['shares']})
-    return [{'system': c['system'] + ('*' if 'kept' in c else ''), 'split': c['split']} | {f'{s:g} of the pairs': f"{c['means'][c['shares'].index(s)]:.3f}" if s in c['shares'] else '' for s in shares} | {'per doubling': f"{np.mean(c['slopes']):+.4f}", 'each seed': ', '.join(f'{x:+.4f}' for x in c['slopes'])} for c in curves]
+    return [{'system': c['system'] + _star(c), 'split': c['split']} | {f'{s:g} of the pairs': f"{c['means'][c['shares'].index(s)]:.3f}" if s in c['shares'] else '' for s in shares} | {'per doubling': f"{np.mean(c['slopes']):+.4f}", 'each seed': ', '.join(f'{x:+.4f}' for x in c['slopes'])} for c in curves]
 
 # %% ../nbs/lib/42_study_page.ipynb #4c403041
 def noise_bound(
@@ -263,6 +265,9 @@ def noise_text(
             f"To make the best C3 figure, {C3['auroc']:.3f} ({C3['system']}, to {high:.3f} by its interval), the ceiling, alpha + beta would have to be {noise_bound(C3['auroc']):.2f}. " + ('Noise alone does not explain it: the same labels allow more.' if fair['within'] > high else 'By these figures alone it is not ruled out that noise is all of it.'))
 
 # %% ../nbs/lib/42_study_page.ipynb #c932661e
+def _sign(each): # 1 or -1: all of several differences have it
+    return 0 if len(each) < 2 else 1 if min(each) > 0 else -1 if max(each) < 0 else 0
+
 def _mean(rows): return f"{np.mean(rows):.3f}"
 
 def _markdown(rows):
@@ -289,7 +294,7 @@ def validation_table(
     "A row for each system that was validated, with what its encoder cost and is worth as a reconstruction."
     pre = {p['encoder'].rstrip('*'): p for p in pretraining_table(found)}; of = lambda v, k: pre[v['encoder']][k] if v['encoder'] in pre else ''; several = len({v['split'] for v in found['validation']}) > 1
     return [{'system': v['system'] + _star(v)} | ({'split': v['split']} if several else {}) | {'validation AUROC': f"{v['mean']:.3f}", 'each seed': ', '.join(f"{e['auroc']:.3f}" for e in v['each']),
-             f'minus {reference}': '' if v['system'] == reference else f"{np.mean(e):+.3f}" + (' in all' if len(e) > 1 and (all(x > 0 for x in e) or all(x < 0 for x in e)) else '') if (e := paired(found['validation'], v['system'], reference, v['split'])[1]) else '', 'pretrained, epochs': of(v, 'epochs'), 'seconds': of(v, 'seconds'), 'skill': of(v, 'skill against interpolation')}
+             f'minus {reference}': '' if v['system'] == reference else f"{np.mean(e):+.3f}" + (' in all' if _sign(e) else '') if (e := paired(found['validation'], v['system'], reference, v['split'])[1]) else '', 'pretrained, epochs': of(v, 'epochs'), 'seconds': of(v, 'seconds'), 'skill': of(v, 'skill against interpolation')}
             for v in sorted(found['validation'], key=lambda v: (list(LEAKS).index(v['split']), -v['mean']))]
 
 def question_table(
@@ -302,7 +307,7 @@ def question_table(
     for ask, a, b in questions:
         d, each = paired(found['validation'], a, b, split); kept = max([_star(v) for v in found['validation'] if v['split'] == split and v['system'] in (a, b)], default='')
         test = next((_difference(o) for o in found['asked'] if (o['question'], o['one'], o['system'], o['split']) == (ask, a, b, split)), '')
-        rows.append({'question': ask, 'validation AUROC of': a, 'minus that of': b, 'mean': f'{d:+.3f}{kept}' if each else '' if test else 'missing', 'each seed': ', '.join(f'{x:+.3f}' for x in each), 'so': '' if len(each) < 3 else 'better in all' if min(each) > 0 else 'worse in all' if max(each) < 0 else 'both signs', 'test AUROC': test})
+        rows.append({'question': ask, 'validation AUROC of': a, 'minus that of': b, 'mean': f'{d:+.3f}{kept}' if each else '' if test else 'missing', 'each seed': ', '.join(f'{x:+.3f}' for x in each), 'so': '' if len(each) < 3 else {1: 'better in all', -1: 'worse in all', 0: 'both signs'}[_sign(each)], 'test AUROC': test})
     return rows
 
 def _difference(o): # of `difference`

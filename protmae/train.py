@@ -156,6 +156,7 @@ class OwnPart(Dataset):
 
 class Run:
     "One training run in one folder."
+    prelude = 0       # epochs that learn something else first; they do not decide which epoch is kept
     def __init__(self,
         out,          # folder of the run
         config,       # epochs, batch_size, lr, warmup_epochs, weight_decay, clip, patience, grad_accum, seed, ...
@@ -195,11 +196,11 @@ class Run:
         self.model, self.opt = self.acc.prepare(model, optimizer_for(model, c['lr'], c['weight_decay']))
         self.train_dl, self.val_dl = self.loader(data, sampler), self.loader(val_data, val_sampler)
         per = math.ceil(len(self.train_dl)/c['grad_accum'])
-        total, warm = per*c['epochs'], round(per*c['warmup_epochs'])
-        if warm > total/2:
-            warm = total//10
-            self.say(f"a warm-up of {c['warmup_epochs']:g} epochs is too long for a run of {c['epochs']}: shortened to a tenth, {warm} of {total} steps")
-        self.sched = torch.optim.lr_scheduler.LambdaLR(self.opt.optimizer, lambda s: warmup_cosine(s, total, warm))
+        def warmup(total):
+            if (warm := round(per*c['warmup_epochs'])) <= total/2: return warm
+            self.say(f"a warm-up of {c['warmup_epochs']:g} epochs is too long for {total//per}: shortened to a tenth, {total//10} of {total} steps"); return total//10
+        first, rest = per*self.prelude, per*(c['epochs'] - self.prelude); warm = [warmup(n) if n else 0 for n in (first, rest)]
+        self.sched = torch.optim.lr_scheduler.LambdaLR(self.opt.optimizer, lambda s: warmup_cosine(s, first, warm[0]) if s < first else warmup_cosine(s - first, rest, warm[1]))
         self.epoch = self.step = 0            # where we are: epoch, batch within it
         self.sums, self.seconds, self.history = [0., 0], 0., []
         self.best, self.stale = math.inf, 0
@@ -422,8 +423,10 @@ def _finish_epoch(run):
     if not math.isfinite(row['val_loss'] + run.monitor(row)): raise ProtmaeError(f"the validation loss after epoch {run.epoch + 1} is {row['val_loss']}; nothing was written since the last checkpoint. {blame(run, [torch.as_tensor(i) for i in run.val_dl.batch_sampler])}")
     row |= dict(lr=run.sched.get_last_lr()[0], seconds=run.seconds, val_seconds=time.perf_counter() - t) | run.rates(run.seconds)
     run.history.append(row)
-    better = run.monitor(row) < run.best
-    run.best, run.stale = (run.monitor(row), 0) if better else (run.best, run.stale + 1)
+    counts = run.epoch >= run.prelude                              # before that something else is learnt
+    if not counts: row['prelude'] = 1
+    better = counts and run.monitor(row) < run.best
+    run.best, run.stale = (run.monitor(row), 0) if better else (run.best, run.stale + counts)
     run.epoch, run.step, run.sums, run.seconds = run.epoch + 1, 0, [0., 0], 0.
     if run.acc.is_main_process or run.spread:
         for name in ('best', 'last') if better else ('last',): run.save_weights(run.out/f'{name}.safetensors', row)
