@@ -278,13 +278,14 @@ def _markdown(rows):
 def test_table(
     rows,   # `test` of `collect`
     systems=None, # in this order; None: all
+    brief=False,  # no intervals for rows that are kept from an earlier report
 )->list:
     "A row for each system, a column for each split: mean over seeds, and the mean ends of the 95 % intervals."
     kinds = [k for k in LEAKS if any(r['kind'] == k for r in rows)]; names = systems or list(dict.fromkeys(r['system'] for r in rows))
     def cell(s, k):
         r = next((r for r in rows if r['system'] == s and r['kind'] == k), None)
         if r is None: return ''
-        lo, hi = (np.mean([e['interval'][i] for e in r['each']]) for i in (0, 1)); return f"{r['auroc']:.3f} ({lo:.2f}-{hi:.2f}){_star(r)}" + ('' if len(r['each']) == 3 else f" {len(r['each'])} seeds")
+        lo, hi = (np.mean([e['interval'][i] for e in r['each']]) for i in (0, 1)); return f"{r['auroc']:.3f}" + ('' if brief and 'kept' in r else f" ({lo:.2f}-{hi:.2f})") + _star(r) + ('' if len(r['each']) == 3 else f" {len(r['each'])} seeds")
     return [{'system': s} | {k: cell(s, k) for k in kinds} for s in names if any(r['system'] == s for r in rows)]
 
 def validation_table(
@@ -309,6 +310,9 @@ def question_table(
         test = next((_difference(o) for o in found['asked'] if (o['question'], o['one'], o['system'], o['split']) == (ask, a, b, split)), '')
         rows.append({'question': ask, 'validation AUROC of': a, 'minus that of': b, 'mean': f'{d:+.3f}{kept}' if each else '' if test else 'missing', 'each seed': ', '.join(f'{x:+.3f}' for x in each), 'so': '' if len(each) < 3 else {1: 'better in all', -1: 'worse in all', 0: 'both signs'}[_sign(each)], 'test AUROC': test})
     return rows
+
+def _brief(asked): # of `question_table`, four columns
+    return [{'question': r['question'], 'systems': f"{r['validation AUROC of']} - {r['minus that of']}", 'validation AUROC': f"{r['mean']} ({r['each seed']}) {r['so']}" if r['each seed'] else r['mean'], 'test AUROC': r['test AUROC']} for r in asked]
 
 def _difference(o): # of `difference`
     return f"{o['mean']:+.3f}" + (f" ({o['interval'][0]:+.3f} to {o['interval'][1]:+.3f})" if 'interval' in o else '') + (f" {o['verdict']}" if o['verdict'] in ('better', 'worse') else '') + _star(o)
@@ -351,8 +355,8 @@ def study_report(
     found |= dict(title=plan.get('title', 'Study'), provenance=made); found['learning'] = learning_curves(found, plan)
     found['runs'] = run_spread(found['test'], plan); whole, found = found, found | {k: _without_reruns(found[k], plan) for k in ('test', 'validation', 'contrasts', 'shortcut')}
     ref = plan.get('reference') or next(iter(plan['systems'])); kinds = {k for s in plan['stages'] if not s.get('test') for k in s['splits']}
-    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'])), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else '')), contrasts=_markdown(contrast_table(found, ref)), pretraining=_markdown(pretraining_table(found)),
-        shortcut=_markdown(shortcut_table(found)), learning=_markdown(curve_table(found['learning'])), noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), again=_markdown(again_table(found)), runs=_markdown(runs_table(found['runs'])))
+    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'], brief=True)), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(_brief(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else ''))), contrasts=_markdown(contrast_table(found, ref)), pretraining=_markdown(pretraining_table(found)),
+        shortcut=_markdown(shortcut_table(found)), learning=_markdown(curve_table(found['learning'])), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), again=_markdown(again_table(found)), runs=_markdown(runs_table(found['runs'])))
     write_json(path, whole); fig = dots(found['test']) if found['test'] else None; tables['picture'] = _picture(fig, path)
     text = (plan['nbs']/plan['text']).read_text() if plan.get('text') else '# {title}\n\n{answer}\n\n{picture}\n\n{test}\n\n{validation}\n\n{pretraining}\n\n{shortcut}\n\n{kept}{missing}\n'
     for k, v in dict(tables, title=found['title'], commit=made['commit']).items(): text = text.replace('{' + k + '}', v)
@@ -398,7 +402,7 @@ def _picture(fig, path):
 
 def missing(found)->str:
     "In a sentence."
-    m = found['missing']; return f"{len(m):,} jobs of the plan are not done" + (': ' + '; '.join(m[:8]) + (' ...' if len(m) > 8 else '') + '. The same command goes on with them.' if m else ', all of it is here.')
+    m = found['missing']; return f"{len(m):,} jobs of the plan are not done" + (': ' + '; '.join(m[:4]) + (' ...' if len(m) > 4 else '') + '. The same command goes on with them.' if m else ', all of it is here.')
 
 def answer(
     found,    # from `collect`
