@@ -156,7 +156,7 @@ def kept_text(
 )->str:
     "What the stars mean."
     at = sorted({r['kept'] for k in _ROWS for r in found[k] if 'kept' in r})
-    return f"A star marks what is kept from an earlier report (written at {', '.join(at)}): the same settings, seeds and pairs, on another machine, its store embedded separately. Of a starred difference without an interval, better or worse means that the interval of every single seed excludes 0. " if at else ''
+    return f"A star marks what is kept from an earlier report (written at {', '.join(at)}): the same settings, seeds and pairs, on another machine, its store embedded separately." if at else ''
 
 def _star(row): return '*' if 'kept' in row else ''
 
@@ -363,7 +363,7 @@ def study_report(
     with atomic(path.with_suffix('.md')) as t: Path(t).write_text(text)
     parts = [f"<p>{html.escape(answer(found, ref))}</p>", f"<p>{html.escape(kept_text(found))}</p>"]
     if found['test']: parts += ['<h2>Test pairs</h2>', '<p>Mean over seeds, with the mean ends of the 95 % intervals (bootstrap over proteins). What a split leaks: ' + html.escape('; '.join(f'{k}: {v}' for k, v in LEAKS.items())) + '.</p>', fig, table(test_table(found['test']))]
-    if found['contrasts']: parts += [f"<h2>{html.escape(ref)} minus the other networks</h2>", '<p>Test AUROC, mean over seeds; in brackets its 95 % interval (bootstrap over proteins, the same in all seeds); a word where that excludes 0. The models are taken as they are: how much another training would differ is not in it.</p>', table(contrast_table(found, ref))]
+    if found['contrasts']: parts += [f"<h2>{html.escape(ref)} minus the other networks</h2>", '<p>Test AUROC, mean over seeds; in brackets its 95 % interval (bootstrap over proteins, the same in all seeds); a word where that excludes 0. The models are taken as they are: how much another training would differ is not in it. Of a starred difference without an interval, better or worse means that the interval of every single seed excludes 0.</p>', table(contrast_table(found, ref))]
     if found['shortcut']: parts += ['<h2>The share of the degree shortcut</h2>', table(shortcut_table(found))]
     if asked: parts += ['<h2>Questions to the validation pairs</h2>', table(asked)]
     if found['validation']: parts += ['<h2>Validation pairs</h2>', table(validation_table(found, ref))]
