@@ -109,7 +109,7 @@ def _study(a):
     if a.report:
         from protmae.study_page import study_compare, study_report
         study_report(plan, a.report, earlier=earlier); bench = [p for d in ('bench', 'gpu') if (p := Path(a.report).parent/d).is_dir()]
-        if not a.keep: study_compare(plan, Path(a.report).with_name('compare.html'), bench=bench)
+        study_compare(plan, Path(a.report).with_name('compare.html'), bench=bench)
         print(', '.join(str(Path(a.report).with_suffix(e)) for e in ('.md', '.html', '.json')))
     if left: raise ProtmaeError(f"{len(left)} jobs are not done, {left[0].name!r} first; the same command goes on with them")
 
