@@ -151,7 +151,7 @@ def parser()->argparse.ArgumentParser:
     c = command('study', _study, 'run every job of a plan that is not done yet'); c.add_argument('plan', help='such as nbs/study.yaml')
     c.add_argument('--jobs', action='store_true', help='only list them'); c.add_argument('--match', default='', help='only jobs whose name contains this, and what they need')
     c.add_argument('--workers', type=int, help='jobs at a time (default: one a CPU, or 1 with a GPU)'); c.add_argument('--minutes', type=float, help='stop after this time; the same command goes on')
-    c.add_argument('--bare', action='store_true', help='run the cells without papermill (the default where it is missing)'); c.add_argument('--report', help='write this .json, and .md and .html beside it, from what is done'); c.add_argument('--keep', action='store_true', help='keep the rows that stand in that .json already where nothing, or fewer seeds, was run here; compare.html, which needs the runs, is left as it is')
+    c.add_argument('--bare', action='store_true', help='run the cells without papermill (the default where it is missing)'); c.add_argument('--report', help='write this .json, and .md and .html beside it, from what is done'); c.add_argument('--keep', action='store_true', help='keep the rows that stand in that .json already where nothing, or fewer seeds, was run here; compare.html is written from the runs that are here')
     c = command('info', _info, 'print what a store holds'); c.add_argument('store')
     c = command('verify', _verify, 'read a whole store and compare it with its checksums'); c.add_argument('store')
     return p
