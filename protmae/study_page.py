@@ -311,8 +311,8 @@ def question_table(
         rows.append({'question': ask, 'validation AUROC of': a, 'minus that of': b, 'mean': f'{d:+.3f}{kept}' if each else '' if test else 'missing', 'each seed': ', '.join(f'{x:+.3f}' for x in each), 'so': '' if len(each) < 3 else {1: 'better in all', -1: 'worse in all', 0: 'both signs'}[_sign(each)], 'test AUROC': test})
     return rows
 
-def _brief(asked): # of `question_table`, four columns
-    return [{'question': r['question'], 'systems': f"{r['validation AUROC of']} - {r['minus that of']}", 'validation AUROC': f"{r['mean']} ({r['each seed']}) {r['so']}" if r['each seed'] else r['mean'], 'test AUROC': r['test AUROC']} for r in asked]
+def _brief(asked): # of `question_table`, four columns, what has an answer
+    return [{'question': r['question'], 'systems': f"{r['validation AUROC of']} - {r['minus that of']}", 'validation AUROC': f"{r['mean']} ({r['each seed']}) {r['so']}" if r['each seed'] else r['mean'], 'test AUROC': r['test AUROC']} for r in asked if r['mean'] != 'missing']
 
 def _difference(o): # of `difference`
     return f"{o['mean']:+.3f}" + (f" ({o['interval'][0]:+.3f} to {o['interval'][1]:+.3f})" if 'interval' in o else '') + (f" {o['verdict']}" if o['verdict'] in ('better', 'worse') else '') + _star(o)
