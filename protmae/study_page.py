@@ -312,7 +312,7 @@ def question_table(
     return rows
 
 def _brief(asked): # of `question_table`, four columns, what has an answer
-    return [{'question': r['question'], 'systems': f"{r['validation AUROC of']} - {r['minus that of']}", 'validation AUROC': f"{r['mean']} ({r['each seed']}) {r['so']}" if r['each seed'] else r['mean'], 'test AUROC': r['test AUROC']} for r in asked if r['mean'] != 'missing']
+    return [{'question': r['question'], 'systems': f"{r['validation AUROC of']} - {r['minus that of']}", 'validation AUROC': f"{r['mean']} {r['so']}", 'test AUROC': r['test AUROC']} for r in asked if r['mean'] != 'missing']
 
 def _difference(o): # of `difference`
     return f"{o['mean']:+.3f}" + (f" ({o['interval'][0]:+.3f} to {o['interval'][1]:+.3f})" if 'interval' in o else '') + (f" {o['verdict']}" if o['verdict'] in ('better', 'worse') else '') + _star(o)
