@@ -216,8 +216,8 @@ def runs_table(
     "A row for each system: every run, and the first system minus it."
     def row(r):
         first = next((f for f in spread if (f['system'], f['split']) == (spread[0]['system'], r['split'])), r)
-        d, half = between_runs(first, r)
-        return {'system': r['system'], 'split': r['split'], 'test AUROC of each run': '; '.join(' '.join(f'{x:.3f}' for x in v) for v in r['runs']), 'mean': f"{r['mean']:.3f}", 'sd between runs': f"{r['sd']:.3f}", 'logits averaged': '' if r['averaged'] is None else f"{r['averaged']:.3f}", f'{spread[0]["system"]} minus it': '' if r is first or first['seeds'] != r['seeds'] else f'{d:+.3f} ({d - half:+.3f} to {d + half:+.3f})'}
+        d, half = between_runs(first, r) if r is not first and first['seeds'] == r['seeds'] else (None, None)
+        return {'system': r['system'], 'split': r['split'], 'test AUROC of each run': '; '.join(' '.join(f'{x:.3f}' for x in v) for v in r['runs']), 'mean': f"{r['mean']:.3f}", 'sd between runs': f"{r['sd']:.3f}", 'logits averaged': '' if r['averaged'] is None else f"{r['averaged']:.3f}", f'{spread[0]["system"]} minus it': '' if d is None else f'{d:+.3f} ({d - half:+.3f} to {d + half:+.3f})'}
     return [row(r) for r in spread]
 
 def _without_reruns(rows, plan): # one run of each system; the others stand in `runs_table`
@@ -355,10 +355,10 @@ def study_report(
     found |= dict(title=plan.get('title', 'Study'), provenance=made); found['learning'] = learning_curves(found, plan)
     found['runs'] = run_spread(found['test'], plan); whole, found = found, found | {k: _without_reruns(found[k], plan) for k in ('test', 'validation', 'contrasts', 'shortcut')}
     ref = plan.get('reference') or next(iter(plan['systems'])); kinds = {k for s in plan['stages'] if not s.get('test') for k in s['splits']}
-    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'], brief=True)), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(_brief(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else ''))), contrasts=_markdown(contrast_table(found, ref)), pretraining=_markdown(pretraining_table(found)),
-        shortcut=_markdown(shortcut_table(found)), learning=_markdown(curve_table(found['learning'])), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), again=_markdown(again_table(found)), runs=_markdown(runs_table(found['runs'])))
+    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'], brief=True)), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(_brief(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else ''))), pretraining=_markdown(pretraining_table(found)),
+        shortcut=_markdown(shortcut_table(found)), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), runs=_markdown(runs_table(found['runs'])))
     write_json(path, whole); fig = dots(found['test']) if found['test'] else None; tables['picture'] = _picture(fig, path)
-    text = (plan['nbs']/plan['text']).read_text() if plan.get('text') else '# {title}\n\n{answer}\n\n{picture}\n\n{test}\n\n{validation}\n\n{pretraining}\n\n{shortcut}\n\n{kept}{missing}\n'
+    text = (plan['nbs']/plan['text']).read_text() if plan.get('text') else '# {title}\n\n{answer}\n\n{picture}\n\n{test}\n\n{validation}\n\n{pretraining}\n\n{shortcut}\n\n{kept}\n\n{missing}\n'
     for k, v in dict(tables, title=found['title'], commit=made['commit']).items(): text = text.replace('{' + k + '}', v)
     with atomic(path.with_suffix('.md')) as t: Path(t).write_text(text)
     parts = [f"<p>{html.escape(answer(found, ref))}</p>", f"<p>{html.escape(kept_text(found))}</p>"]
