@@ -67,7 +67,7 @@ def collect(
         if verb == 'test':
             for r in read_results(sorted(f.parent for f in j.folder.glob('*/test.json'))): results.append(r if j.about['encoder'] is None and r['arch'] != 'patches' else r | dict(system=j.about['system']))
     results += ensembles(results, plan.get('ensembles', {})); rows = against(results, resamples) if results else []; seconds = {j.name: json.loads(j.mark.read_text())['seconds'] for j in done}
-    return dict(pretraining=pre, validation=[dict(system=s, split=k, encoder=None if plan['systems'][s].get('untrained') else plan['systems'][s].get('encoder'), mean=float(np.mean([e['auroc'] for e in v.values()])), each=[v[i] for i in sorted(v)]) for (s, k), v in val.items()], test=rows, contrasts=contrasts(results, plan.get('reference') or next(iter(plan['systems'])), resamples), shortcut=_shortcut(results), asked=[dict(question=q) | d for q, a, b in plan.get('questions', []) for k in LEAKS if (d := difference(results, a, b, k, resamples))],
+    return dict(pretraining=pre, validation=[dict(system=s, split=k, encoder=None if plan['systems'][s].get('untrained') else plan['systems'][s].get('encoder'), mean=float(np.mean([e['auroc'] for e in v.values()])), each=[v[i] for i in sorted(v)]) for (s, k), v in val.items()], test=rows, contrasts=contrasts(results, plan.get('reference') or next(iter(plan['systems'])), resamples), shortcut=_shortcut(results), asked=[dict(question=q) | d for q, a, b in plan.get('questions', []) for k in LEAKS if (d := difference(results, a, b, k, resamples))], runs=run_spread(rows, plan),
                 missing=[j.name for j in jobs if not j.done], seconds=seconds, settings=_plan_settings(plan), commits=sorted({json.loads(j.mark.read_text())['commit'] for j in done} | {r['commit'] for r in results}))
 
 def _plan_settings(plan): # all that a row stands on but the code
@@ -108,7 +108,7 @@ def _shortcut(results):
     return [dict(split=k, system=s, seeds=len(v), auroc=float(np.mean([x[0] for x in v])), within=float(np.mean([x[1] for x in v])), degree_within=float(np.mean([x[2] for x in v]))) for (k, s), v in sorted(out.items())]
 
 # %% ../nbs/lib/42_study_page.ipynb #5eed5bb2
-_ROWS = dict(pretraining=('encoder', 'proteins'), validation=('system', 'split'), test=('system', 'kind'), contrasts=('one', 'system', 'split'), shortcut=('system', 'split'), asked=('question', 'split'))
+_ROWS = dict(pretraining=('encoder', 'proteins'), validation=('system', 'split'), test=('system', 'kind'), contrasts=('one', 'system', 'split'), shortcut=('system', 'split'), asked=('question', 'split'), runs=('system', 'split'))
 
 def _settings(of, name): # of a system, a baseline (always the same) or an ensemble, with all that it stands on
     if name in of['ensembles']: return [_settings(of, m) for m in of['ensembles'][name]]
@@ -123,7 +123,7 @@ def keep(
     all_of = [x['settings'] for x in (old, found)]; commit, out = old['provenance']['commit'], dict(found)
     if all_of[0]['data'] != all_of[1]['data']: raise ProtmaeError(f"the earlier report is of other data, {all_of[0]['data']}; this plan has {all_of[1]['data']}; leave out --keep")
     same = lambda n: (x := [(p['encoders'].get(n), _settings(p, n)) for p in all_of])[0] == x[1]
-    seeds = lambda r: (r.get('best_baseline', '') is not None, len(r['each']) if 'each' in r else r.get('seeds', 1))      # a test row needs its baselines
+    seeds = lambda r: (r.get('best_baseline', '') is not None, len(r['each']) if 'each' in r else np.size(r.get('runs', r.get('seeds', 1))))      # a test row needs its baselines
     for k, key in _ROWS.items():
         rows = {tuple(r[x] for x in key): r for r in found[k]}
         for r in old.get(k, []):
@@ -131,7 +131,7 @@ def keep(
             if not all(same(r[x]) for x in ('one', 'system' if 'system' in r else 'encoder') if x in r): continue
             if k == 'validation': s = all_of[1]['systems'].get(r['system'], {}); r = {'encoder': None if s.get('untrained') else s.get('encoder')} | r
             if n not in rows or seeds(r) > seeds(rows[n]): rows[n] = {'kept': commit} | r
-            elif k in ('validation', 'test') and (was := r.get('was', {}) | ({} if r['each'] == rows[n]['each'] else {r.get('kept', commit): r['each']})): rows[n] = rows[n] | dict(was=was)       # so that a kept row is compared with what ran beside it, and two runs of the same with each other
+            elif k in ('validation', 'test') and (was := r.get('was', {}) | ({} if all(e in rows[n]['each'] for e in r['each']) else {r.get('kept', commit): r['each']})): rows[n] = rows[n] | dict(was=was)       # so that a kept row is compared with what ran beside it, and two runs of the same with each other
         out[k] = list(rows.values())
     for k, at in (('test', 'kind'), ('contrasts', 'split')): out[k].sort(key=lambda r: (list(LEAKS).index(r[at]), -r.get('auroc', 0)))
     kept = {(r.get('system', r.get('encoder')), r.get('split', r.get('kind', r.get('proteins')))) for k in ('pretraining', 'validation', 'test') for r in out[k] if 'kept' in r}
@@ -143,13 +143,15 @@ def keep(
 
 def again_table(
     found, # from `keep`
+    reference=None, # a system
 )->list:
-    "A row for each system that was tested before with the same settings: then and now, seed by seed."
-    out = []
-    for r in (r for r in found['test'] if r.get('was')):
-        then = {e['seed']: e['auroc'] for e in list(r['was'].values())[-1]}; both = [(e['seed'], then[e['seed']], e['auroc']) for e in r['each'] if e['seed'] in then]
-        if both: out.append({'system': r['system'], 'split': r['kind'], 'earlier': _mean([a for _, a, _ in both]), 'now': _mean([b for *_, b in both]), 'now minus earlier, each seed': ', '.join(f'{b - a:+.3f}' for _, a, b in both)})
-    return out
+    "A row for each system that was tested several times with the same settings, embedded and trained anew each time: its AUROC, and what the reference has over it."
+    of = {(r['system'], r['kind']): {t: {e['seed']: e['auroc'] for e in v} for t, v in (r.get('was', {}) | {r.get('kept', 'now'): r['each']}).items()} for r in found['test']}
+    of = {k: v for k, v in of.items() if len(v) > 1}; times = list(dict.fromkeys(t for v in sorted(of.values(), key=len, reverse=True) for t in v)); times = sorted(times, key=lambda t: t == 'now')
+    def over(k): # the reference minus it: each time, on the seeds of both
+        ref = of.get((reference, k[1]), {}); d = [float(np.mean([ref[t][s] - of[k][t][s] for s in both])) for t in times if t in ref and t in of[k] and (both := ref[t].keys() & of[k][t].keys())]
+        return {f'{reference} minus it': f"{', '.join(f'{x:+.3f}' for x in d)}" + (f'; mean {np.mean(d):+.3f}' if len(d) > 1 else '') if d and k[0] != reference else ''} if reference else {}
+    return [{'system': k[0], 'split': k[1]} | {t: _mean(list(v[t].values())) if t in v else '' for t in times} | over(k) for k, v in of.items()]
 
 def kept_text(
     found, # from `keep`
@@ -191,7 +193,7 @@ def run_spread(
     plan, # from `read_plan`
 )->list:  # dicts: system (the first run), split, runs (per seed of the split, each run's test AUROC), mean, sd and its degrees of freedom, averaged (AUROC of the mean logits)
     "Test AUROC of each run of the same settings and pairs, and the standard deviation between them."
-    out, of = [], {(r['system'], r['kind']): r for r in test if 'kept' not in r}
+    out, of = [], {(r['system'], r['kind']): r for r in test}
     for name, members in rerun_groups(plan).items():
         for k in LEAKS:
             rows = [{e['seed']: e['auroc'] for e in of[m, k]['each']} for m in members if (m, k) in of]
@@ -215,9 +217,9 @@ def runs_table(
 )->list:
     "A row for each system: every run, and the first system minus it."
     def row(r):
-        first = next((f for f in spread if (f['system'], f['split']) == (spread[0]['system'], r['split'])), r)
+        first = next((f for f in spread if (f['system'], f['split'], f.get('kept')) == (spread[0]['system'], r['split'], r.get('kept'))), r)
         d, half = between_runs(first, r) if r is not first and first['seeds'] == r['seeds'] else (None, None)
-        return {'system': r['system'], 'split': r['split'], 'test AUROC of each run': '; '.join(' '.join(f'{x:.3f}' for x in v) for v in r['runs']), 'mean': f"{r['mean']:.3f}", 'sd between runs': f"{r['sd']:.3f}", 'logits averaged': '' if r['averaged'] is None else f"{r['averaged']:.3f}", f'{spread[0]["system"]} minus it': '' if d is None else f'{d:+.3f} ({d - half:+.3f} to {d + half:+.3f})'}
+        return {'system': r['system'] + _star(r), 'split': r['split'], 'test AUROC of each run': '; '.join(' '.join(f'{x:.3f}' for x in v) for v in r['runs']), 'mean': f"{r['mean']:.3f}", 'sd between runs': f"{r['sd']:.3f}", 'logits averaged': '' if r['averaged'] is None else f"{r['averaged']:.3f}", f'{spread[0]["system"]} minus it': '' if d is None else f'{d:+.3f} ({d - half:+.3f} to {d + half:+.3f})'}
     return [row(r) for r in spread]
 
 def _without_reruns(rows, plan): # one run of each system; the others stand in `runs_table`
@@ -353,10 +355,10 @@ def study_report(
     made, path = provenance(), Path(path); found = collect(plan, resamples=resamples)
     if earlier is not None: found = keep(found, earlier)
     found |= dict(title=plan.get('title', 'Study'), provenance=made); found['learning'] = learning_curves(found, plan)
-    found['runs'] = run_spread(found['test'], plan); whole, found = found, found | {k: _without_reruns(found[k], plan) for k in ('test', 'validation', 'contrasts', 'shortcut')}
+    whole, found = found, found | {k: _without_reruns(found[k], plan) for k in ('test', 'validation', 'contrasts', 'shortcut')}
     ref = plan.get('reference') or next(iter(plan['systems'])); kinds = {k for s in plan['stages'] if not s.get('test') for k in s['splits']}
     ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'], brief=True)), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(_brief(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else ''))), pretraining=_markdown(pretraining_table(found)),
-        shortcut=_markdown(shortcut_table(found)), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), runs=_markdown(runs_table(found['runs'])))
+        shortcut=_markdown(shortcut_table(found)), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), runs=_markdown(runs_table(found['runs'])), again=_markdown([{k: v for k, v in r.items() if k != 'split'} for r in again_table(found, ref) if r['split'] == min(kinds, key=list(LEAKS).index, default=None)]))
     write_json(path, whole); fig = dots(found['test']) if found['test'] else None; tables['picture'] = _picture(fig, path)
     text = (plan['nbs']/plan['text']).read_text() if plan.get('text') else '# {title}\n\n{answer}\n\n{picture}\n\n{test}\n\n{validation}\n\n{pretraining}\n\n{shortcut}\n\n{kept}\n\n{missing}\n'
     for k, v in dict(tables, title=found['title'], commit=made['commit']).items(): text = text.replace('{' + k + '}', v)
@@ -371,7 +373,7 @@ def study_report(
     if found['shortcut']: parts += ['<h2>Noise in the labels</h2>', f"<p>{html.escape(noise_text(found))}</p>"]
     if found['runs']: parts += ['<h2>The same settings and pairs, other random numbers</h2>', '<p>Test AUROC of each run, a group for each seed of the split. In brackets: 95 %, from the spread between runs alone (Welch), on these pairs.</p>', table(runs_table(found['runs']))]
     if found['pretraining']: parts += ['<h2>Pretraining</h2>', table(pretraining_table(found))]
-    if again := again_table(found): parts += ['<h2>The same settings, embedded and run anew</h2>', table(again)]
+    if again := again_table(found, ref): parts += ['<h2>The same settings, embedded and run anew</h2>', '<p>Test AUROC, mean over seeds, in each report that has run it (named by its commit).</p>', table(again)]
     parts += ['<h2>Missing</h2>', f"<p>{html.escape(missing(found))}</p>"]
     page(path.with_suffix('.html'), found['title'], parts)
     return whole
