@@ -313,8 +313,11 @@ def question_table(
         rows.append({'question': ask, 'validation AUROC of': a, 'minus that of': b, 'mean': f'{d:+.3f}{kept}' if each else '' if test else 'missing', 'each seed': ', '.join(f'{x:+.3f}' for x in each), 'so': '' if len(each) < 3 else {1: 'better in all', -1: 'worse in all', 0: 'both signs'}[_sign(each)], 'test AUROC': test})
     return rows
 
-def _brief(asked): # of `question_table`, four columns, what has an answer
-    return [{'question': r['question'], 'systems': f"{r['validation AUROC of']} - {r['minus that of']}", 'validation AUROC': f"{r['mean']} {r['so']}", 'test AUROC': r['test AUROC']} for r in asked if r['mean'] != 'missing']
+def _brief(asked): # of `question_table`, four columns, what was tested
+    return [{'question': r['question'], 'systems': f"{r['validation AUROC of']} - {r['minus that of']}", 'validation AUROC': f"{r['mean']} {r['so']}", 'test AUROC': r['test AUROC']} for r in asked if r['test AUROC']]
+
+def _tried(asked): # of `question_table`: in a sentence, what was validated alone
+    return '; '.join(f"{r['question']} {r['validation AUROC of']} - {r['minus that of']} {r['mean']}" + (f" ({r['so']})" if r['so'] else '') for r in asked if not r['test AUROC'] and r['mean'] != 'missing') or 'none'
 
 def _difference(o): # of `difference`
     return f"{o['mean']:+.3f}" + (f" ({o['interval'][0]:+.3f} to {o['interval'][1]:+.3f})" if 'interval' in o else '') + (f" {o['verdict']}" if o['verdict'] in ('better', 'worse') else '') + _star(o)
@@ -357,8 +360,8 @@ def study_report(
     found |= dict(title=plan.get('title', 'Study'), provenance=made); found['learning'] = learning_curves(found, plan)
     whole, found = found, found | {k: _without_reruns(found[k], plan) for k in ('test', 'validation', 'contrasts', 'shortcut')}
     ref = plan.get('reference') or next(iter(plan['systems'])); kinds = {k for s in plan['stages'] if not s.get('test') for k in s['splits']}
-    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table(found['test'], brief=True)), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(_brief(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else ''))), pretraining=_markdown(pretraining_table(found)),
-        shortcut=_markdown(shortcut_table(found)), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), runs=_markdown(runs_table(found['runs'])), again=_markdown([{k: v for k, v in r.items() if k != 'split'} for r in again_table(found, ref) if r['split'] == min(kinds, key=list(LEAKS).index, default=None)]))
+    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table([r for r in found['test'] if r['system'] not in rerun_groups(plan)], brief=True)), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(_brief(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else ''))), tried=_tried(asked), pretraining=_markdown(pretraining_table(found)),
+        shortcut=_markdown(shortcut_table(found)), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), runs=_markdown(runs_table(found['runs'])), again=_markdown([{k: v for k, v in r.items() if k != 'split'} for r in again_table(found, ref) if r['split'] == min(kinds, key=list(LEAKS).index, default=None) and '' not in list(r.values())[2:-1]]))
     write_json(path, whole); fig = dots(found['test']) if found['test'] else None; tables['picture'] = _picture(fig, path)
     text = (plan['nbs']/plan['text']).read_text() if plan.get('text') else '# {title}\n\n{answer}\n\n{picture}\n\n{test}\n\n{validation}\n\n{pretraining}\n\n{shortcut}\n\n{kept}\n\n{missing}\n'
     for k, v in dict(tables, title=found['title'], commit=made['commit']).items(): text = text.replace('{' + k + '}', v)
@@ -390,7 +393,8 @@ def study_compare(
     jobs = plan_jobs(plan); of = {a: {j.about['proteins']: j for j in jobs if j.name.startswith('pretrain ') and j.about['encoder'] == names[a] and j.done} for a in ('v2', 'v5')}
     group = next((g for g in of['v5'] if g in of['v2']), None)
     if group is None: print(f"no {Path(path).name}: {names['v2']} and {names['v5']} are not pretrained on the same proteins yet"); return None
-    tested = [f.parent for j in jobs if j.name.startswith('test ') and j.done and (j.about['encoder'] in names.values() or plan['systems'][j.about['system']].get('arch') not in NETWORKS) for f in sorted(j.folder.glob('*/test.json'))]
+    first = {e: next((n for n, s in plan['systems'].items() if s.get('encoder') == e and not s.get('untrained')), None) for e in names.values()}     # other settings of the head are no part of this page
+    tested = [f.parent for j in jobs if j.name.startswith('test ') and j.done and (j.about['system'] == first.get(j.about['encoder']) or j.about['encoder'] in first and plan['systems'][j.about['system']].get('untrained') or plan['systems'][j.about['system']].get('arch') not in NETWORKS) for f in sorted(j.folder.glob('*/test.json'))]
     splits = Splits(plan); only = None if group == 'all' else splits.only(group)
     return compare_report(best_weights(of['v2'][group].folder).parent, best_weights(of['v5'][group].folder).parent, tested, path, splits.store, plan['out']/'pretrain', bench, resamples=resamples, only=only, title=f"{names['v2']} or {names['v5']}? The runs of the study",
         remarks=[f"V2 is {names['v2']} and V5 is {names['v5']}, both trained on the training proteins of {group}. The interaction runs stand on encoders of these settings, each trained on the training proteins of its own split."], command='make study')
