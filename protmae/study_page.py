@@ -317,7 +317,7 @@ def _brief(asked): # of `question_table`, four columns, what was tested
     return [{'question': r['question'], 'systems': f"{r['validation AUROC of']} - {r['minus that of']}", 'validation AUROC': f"{r['mean']} {r['so']}", 'test AUROC': r['test AUROC']} for r in asked if r['test AUROC']]
 
 def _tried(asked): # of `question_table`: in a sentence, what was validated alone
-    return '; '.join(f"{r['question']} {r['validation AUROC of']} - {r['minus that of']} {r['mean']}" + (f" ({r['so']})" if r['so'] else '') for r in asked if not r['test AUROC'] and r['mean'] != 'missing') or 'none'
+    return '; '.join(f"{r['validation AUROC of']} minus {r['minus that of']} {r['mean']}" + (f", {r['so']}" if r['so'] else '') for r in asked if not r['test AUROC'] and r['mean'] != 'missing') or 'none'
 
 def _difference(o): # of `difference`
     return f"{o['mean']:+.3f}" + (f" ({o['interval'][0]:+.3f} to {o['interval'][1]:+.3f})" if 'interval' in o else '') + (f" {o['verdict']}" if o['verdict'] in ('better', 'worse') else '') + _star(o)
@@ -360,9 +360,9 @@ def study_report(
     found |= dict(title=plan.get('title', 'Study'), provenance=made); found['learning'] = learning_curves(found, plan)
     whole, found = found, found | {k: _without_reruns(found[k], plan) for k in ('test', 'validation', 'contrasts', 'shortcut')}
     ref = plan.get('reference') or next(iter(plan['systems'])); kinds = {k for s in plan['stages'] if not s.get('test') for k in s['splits']}
-    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table([r for r in found['test'] if r['system'] not in rerun_groups(plan)], brief=True)), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(_brief(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else ''))), tried=_tried(asked), pretraining=_markdown(pretraining_table(found)),
-        shortcut=_markdown(shortcut_table(found)), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), runs=_markdown(runs_table(found['runs'])), again=_markdown([{k: v for k, v in r.items() if k != 'split'} for r in again_table(found, ref) if r['split'] == min(kinds, key=list(LEAKS).index, default=None) and '' not in list(r.values())[2:-1]]))
-    write_json(path, whole); fig = dots(found['test']) if found['test'] else None; tables['picture'] = _picture(fig, path)
+    ablated = found | dict(validation=[v for v in found['validation'] if not kinds or v['split'] in kinds]); tables = dict(test=_markdown(test_table([r for r in found['test'] if r['system'] not in rerun_groups(plan) and r['arch'] not in ('l2', 'cosine')], brief=True)), validation=_markdown(validation_table(ablated, ref)), questions=_markdown(_brief(asked := question_table(found, plan.get('questions', []), min(kinds, key=list(LEAKS).index) if kinds else ''))), tried=_tried(asked), pretraining=_markdown(pretraining_table(found)),
+        shortcut=_markdown(shortcut_table(found)), slopes=', '.join(f"{np.mean(c['slopes']):+.4f} ({c['system']}{_star(c)})" for c in found['learning']) or '(nothing yet)', noise=noise_text(found), answer=answer(found, ref), missing=missing(found), kept=kept_text(found), runs=_markdown(runs_table(found['runs'])), again=_markdown([{k: v for k, v in r.items() if k != 'split'} for r in again_table(found, ref) if r['split'] == min(kinds, key=list(LEAKS).index, default=None) and r['system'] in {m[0] for m in rerun_groups(plan).values()}]))
+    write_json(path, whole); fig = dots([r for r in found['test'] if r['system'] not in rerun_groups(plan)]) if found['test'] else None; tables['picture'] = _picture(fig, path)
     text = (plan['nbs']/plan['text']).read_text() if plan.get('text') else '# {title}\n\n{answer}\n\n{picture}\n\n{test}\n\n{validation}\n\n{pretraining}\n\n{shortcut}\n\n{kept}\n\n{missing}\n'
     for k, v in dict(tables, title=found['title'], commit=made['commit']).items(): text = text.replace('{' + k + '}', v)
     with atomic(path.with_suffix('.md')) as t: Path(t).write_text(text)
@@ -408,7 +408,7 @@ def _picture(fig, path):
 
 def missing(found)->str:
     "In a sentence."
-    m = found['missing']; return f"{len(m):,} jobs of the plan are not done" + (': ' + '; '.join(m[:4]) + (' ...' if len(m) > 4 else '') + '. The same command goes on with them.' if m else ', all of it is here.')
+    m = found['missing']; return f"{len(m):,} jobs of the plan are not done: {'; '.join(m[:4])}" + (' ...' if len(m) > 4 else '') + '. The same command goes on with them.' if m else 'Every job of the plan is done.'
 
 def answer(
     found,    # from `collect`
@@ -420,5 +420,5 @@ def answer(
         r = next((r for r in found['test'] if r['kind'] == k and r['system'] == reference), None)
         if r is None or r['best_baseline'] is None: continue
         b = next(b for b in found['test'] if b['kind'] == k and b['system'] == r['best_baseline'])
-        out.append(f"{k} split: {reference} {r['auroc']:.3f}, best baseline by validation ({b['system']}) {b['auroc']:.3f}: " + (f"{r['mean_difference'][0]:+.3f} ({r['mean_difference'][1]:+.3f} to {r['mean_difference'][2]:+.3f}), " if r.get('mean_difference') else '') + r['verdict'])
-    return '; '.join(out) + '.' if out else 'Nothing has been tested yet.'
+        out.append(f"{k} split {r['auroc']:.3f}{_star(r)}, {b['system']} {b['auroc']:.3f}{_star(b)}: " + (f"{r['mean_difference'][0]:+.3f} ({r['mean_difference'][1]:+.3f} to {r['mean_difference'][2]:+.3f}), " if r.get('mean_difference') else '') + r['verdict'])
+    return f'{reference} against the best baseline by validation: ' + '; '.join(out) + '.' if out else 'Nothing has been tested yet.'
