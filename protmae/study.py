@@ -112,7 +112,7 @@ def plan_jobs(
     splits=None, # `Splits` of the plan
 )->list:         # of `Job`, each after what it needs
     "Every job of a plan."
-    splits, jobs = splits or Splits(plan), {}
+    splits, jobs, left_out = splits or Splits(plan), {}, absent(plan)
     rel = lambda p: os.path.relpath(p, plan['nbs'])
     common = dict(store=rel(plan['store']))
     def pretraining(encoder, group, stage):
@@ -126,7 +126,7 @@ def plan_jobs(
     for st in plan['stages']:
         for seed in st['seeds']:
             for system in st['systems']:
-                if system in absent(plan): continue
+                if system in left_out: continue
                 for kind in st['splits']:
                     p = dict(plan['systems'][system]); encoder, again, needs = p.pop('encoder', None), p.pop('run', 1), ()
                     if again > 1: p['head'] = p.get('head', {}) | dict(seed=_seed_of(again, seed))
@@ -217,7 +217,7 @@ def _run(plan, workers, minutes, bare, match, say):
     jobs = plan_jobs(plan); by = {j.name: j for j in jobs}
     wanted = {j.name for j in jobs if match in j.name}; wanted |= {n for j in jobs if j.name in wanted and not j.done for n in j.needs}
     todo, running, failed, done, t0, spent = [j for j in jobs if j.name in wanted and not j.done], {}, {}, 0, time.time(), 0.
-    for f in sorted(set(absent(plan).values())): say(f"left out  {', '.join(n for n, g in absent(plan).items() if g == f)}: there is no {f}")
+    for n, f in absent(plan).items(): say(f'left out  {n}: there is no {f}')
     total = len(todo); say(f'{len(wanted):,} jobs, {len(wanted) - total:,} of them done before; {workers} at a time, {threads} threads each')
     try:
         while todo or running:
