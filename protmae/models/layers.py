@@ -10,54 +10,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .token_layout import RaggedTokens
-
-# %% ../../nbs/lib/models/02_layers.ipynb #a2649c17
+# %% ../../nbs/lib/models/02_layers.ipynb #f9a1c010
 def encoder(
     dim: int,  # width E
     heads: int,  # attention heads
     ff_dim: int,  # hidden width of the feed-forward part
     layers: int,  # how many
-    norm_first=False,  # pre-norm (V5) or post-norm (V2)
-    activation="relu",
-    dropout=0.0,
-    final_norm=False,  # LayerNorm behind the last layer
+    norm_first: bool = False,  # pre-norm (V5) or post-norm (V2)
+    activation: str = "relu",  # or 'gelu'
+    dropout: float = 0.0,  # of attention weights and hidden values
+    final_norm: bool = False,  # LayerNorm behind the last layer
 ) -> nn.TransformerEncoder:
-    "torch's encoder, every layer with initial values of its own."
-    layer = lambda: nn.TransformerEncoderLayer(
-        dim, heads, ff_dim, dropout, activation, batch_first=True, norm_first=norm_first
-    )
-    enc = nn.TransformerEncoder(layer(), 1, nn.LayerNorm(dim) if final_norm else None, enable_nested_tensor=False)
-    enc.layers, enc.num_layers = nn.ModuleList(layer() for _ in range(layers)), layers  # torch would copy one layer
-    return enc
+    "torch's encoder, every layer with initial values of its own (torch would copy one layer)."
 
+    def layer():
+        return nn.TransformerEncoderLayer(
+            dim, heads, ff_dim, dropout, activation, batch_first=True, norm_first=norm_first
+        )
 
+    norm = nn.LayerNorm(dim) if final_norm else None
+    transformer = nn.TransformerEncoder(layer(), 1, norm, enable_nested_tensor=False)
+    transformer.layers = nn.ModuleList(layer() for _ in range(layers))
+    transformer.num_layers = layers
+    return transformer
+
+# %% ../../nbs/lib/models/02_layers.ipynb #a2649c17
 KEEP_AT_MOST = 24_000 * 512  # numbers in a layer's input
 
-# %% ../../nbs/lib/models/02_layers.ipynb #3be6d90e
-def run_encoder(
-    enc: nn.TransformerEncoder,  # from `encoder`, or any batch-first encoder of torch's
-    t: Tensor,  # (T, E) packed tokens
-    ragged: RaggedTokens,  # where they belong
-) -> Tensor:  # (T, E)
-    "What `enc` computes, on real tokens only."
-    # a batch of 32 x 1502 residues would keep 8 GB of V2's intermediate results for the backward pass; on a CPU so large a batch computes them twice instead
-    twice = t.device.type == "cpu" and t.requires_grad and t.numel() > KEEP_AT_MOST
-    for l in enc.layers:
-        t = checkpoint(_layer, l, t, ragged, use_reentrant=False) if twice else _layer(l, t, ragged)
-    return t if enc.norm is None else enc.norm(t)
 
-# %% ../../nbs/lib/models/02_layers.ipynb #64775ab2
-def _layer(l, t, ragged):
-    a = l.self_attn
-    attn = lambda x: l.dropout1(
-        a.out_proj(
-            ragged.attend(F.linear(x, a.in_proj_weight, a.in_proj_bias), a.num_heads, a.dropout if l.training else 0.0)
-        )
-    )
-    ff = lambda x: l.dropout2(l.linear2(l.dropout(l.activation(l.linear1(x)))))
-    if l.norm_first:
-        t = t + attn(l.norm1(t))
-        return t + ff(l.norm2(t))
-    t = l.norm1(t + attn(t))
-    return l.norm2(t + ff(t))
+def run_encoder(
+    transformer: nn.TransformerEncoder,  # from `encoder`, or any batch-first encoder of torch's
+    rows: Tensor,  # (T, E) packed tokens
+    tokens,  # their layout, from `token_layout`
+) -> Tensor:  # (T, E)
+    "What the encoder computes, on real tokens only."
+    recompute = rows.device.type == "cpu" and rows.requires_grad and rows.numel() > KEEP_AT_MOST
+    for layer in transformer.layers:
+        if recompute:
+            rows = checkpoint(_run_layer, layer, rows, tokens, use_reentrant=False)
+        else:
+            rows = _run_layer(layer, rows, tokens)
+    return rows if transformer.norm is None else transformer.norm(rows)
+
+
+def _run_layer(layer, rows, tokens):
+    if layer.norm_first:
+        rows = rows + _attention(layer, layer.norm1(rows), tokens)
+        return rows + _feed_forward(layer, layer.norm2(rows))
+    rows = layer.norm1(rows + _attention(layer, rows, tokens))
+    return layer.norm2(rows + _feed_forward(layer, rows))
+
+
+def _attention(layer, rows, tokens):
+    attention = layer.self_attn
+    qkv = F.linear(rows, attention.in_proj_weight, attention.in_proj_bias)
+    out = tokens.attend(qkv, attention.num_heads, attention.dropout if layer.training else 0.0)
+    return layer.dropout1(attention.out_proj(out))
+
+
+def _feed_forward(layer, rows):
+    return layer.dropout2(layer.linear2(layer.dropout(layer.activation(layer.linear1(rows)))))
