@@ -47,7 +47,7 @@ class RowCache:
             return False
         try:
             with open_h5(self.path) as f:
-                return all(f.attrs.get(name) == value for name, value in self.key.items())
+                return "offsets" in f and all(f.attrs.get(name) == value for name, value in self.key.items())
         except ProtmaeError:
             return False
 
