@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['create', 'put', 'writer_lock', 'StoreWriter', 'extend', 'split_store']
 
-# %% ../../nbs/lib/data/06_writer.ipynb #9634f48b
+# %% ../../nbs/lib/data/06_writer.ipynb #2c580f36
 import fcntl
 import hashlib
 import json
@@ -26,7 +26,7 @@ from .store import FORMAT_VERSION, EmbeddingStore, decode_texts, row_moments
 from ..utils.files import atomic
 from ..utils.provenance import provenance
 
-# %% ../../nbs/lib/data/06_writer.ipynb #b68ed96f
+# %% ../../nbs/lib/data/06_writer.ipynb #1b79b38a
 def _plan(tmp, ids, sequences, lengths, dim, attrs, arrays):
     "The complete structure of a store, its space reserved, nothing done yet."
     n, rows, text = len(ids), int(sum(lengths)), h5py.string_dtype("utf-8")
@@ -95,7 +95,7 @@ def create(
         )
     return path
 
-# %% ../../nbs/lib/data/06_writer.ipynb #ffc9f452
+# %% ../../nbs/lib/data/06_writer.ipynb #97cb201b
 def put(
     fd,  # of an open file
     data,  # array or bytes
@@ -107,29 +107,42 @@ def put(
         n = os.pwrite(fd, data, at)
         data, at = data[n:], at + n
 
-# %% ../../nbs/lib/data/06_writer.ipynb #aa4d3bab
-@contextmanager
-def writer_lock(
-    path,  # of the store
-):
-    "Hold the right to write to a store; a second writer is refused."
-    lock = Path(str(path) + ".lock")
+# %% ../../nbs/lib/data/06_writer.ipynb #f5773dd2
+def _open_lock(lock):
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        return os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as e:
         raise ProtmaeError(f"cannot write to {lock.parent} ({e.strerror}); choose a folder you may write to") from None
+
+
+def _lock(fd, lock, path, wait):
+    "Lock the open file; False if the process that held it has removed it."
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ProtmaeError(f"{path} is being written by another process; wait for it or stop it") from None
-        except OSError as e:
-            raise ProtmaeError(
-                f"{lock} cannot be locked ({e.strerror}); this file system has no locks, write the store on another one"
-            ) from None
-        if not lock.exists() or os.fstat(fd).st_ino != lock.stat().st_ino:
-            raise ProtmaeError(f"{path} was being written a moment ago; run the command again")
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise ProtmaeError(f"{path} is being written by another process; wait for it or stop it") from None
+    except OSError as e:
+        raise ProtmaeError(
+            f"{lock} cannot be locked ({e.strerror}); this file system has no locks, write the file on another one"
+        ) from None
+    return lock.exists() and os.fstat(fd).st_ino == lock.stat().st_ino
+
+
+@contextmanager
+def writer_lock(
+    path,  # of the file to be written; the lock is `<path>.lock`
+    wait=False,  # wait for another writer; False: refuse
+):
+    "Hold the right to write a file. The system releases it however the process ends."
+    lock = Path(f"{path}.lock")
+    fd = _open_lock(lock)
+    try:
+        while not _lock(fd, lock, path, wait):
+            if not wait:
+                raise ProtmaeError(f"{path} was being written a moment ago; run the command again")
+            os.close(fd)
+            fd = _open_lock(lock)
         try:
             yield
         finally:
@@ -137,7 +150,7 @@ def writer_lock(
     finally:
         os.close(fd)
 
-# %% ../../nbs/lib/data/06_writer.ipynb #da367338
+# %% ../../nbs/lib/data/06_writer.ipynb #0704f569
 class StoreWriter:
     "Fills a planned store in place; what `write` has returned from survives a kill."
 
@@ -228,7 +241,7 @@ class StoreWriter:
     def __exit__(self, *exc):
         self.close()
 
-# %% ../../nbs/lib/data/06_writer.ipynb #ac7b946d
+# %% ../../nbs/lib/data/06_writer.ipynb #c0f91db0
 def _copy_rows(old, tmp):
     "Copy the finished proteins of the store `old` into the planned file `tmp`, by id."
     with EmbeddingStore(old) as s, StoreWriter(tmp) as w:
@@ -266,7 +279,7 @@ def extend(
         _copy_rows(path, tmp)
     return path
 
-# %% ../../nbs/lib/data/06_writer.ipynb #e54fe341
+# %% ../../nbs/lib/data/06_writer.ipynb #8d9ba85b
 def split_store(
     store,  # `EmbeddingStore` or a path
     path,  # of the new store: mine.h5 gives mine-00000-of-0000n.h5 and so on
