@@ -78,11 +78,13 @@ def protein_vectors(
     v2 = arch == "v2"
     if meta["mean"] is None:
         raise ProtmaeError(
-            f"{checkpoint} carries no mean and std to standardise its inputs with; load it with load_model(..., mean, std) and write it with save_model"
+            f"{checkpoint} carries no mean and std to standardise its inputs with; load it with load_model(..., "
+            "mean, std) and write it with save_model"
         )
     if len(meta["mean"]) != store.dim:
         raise ProtmaeError(
-            f"{checkpoint} reads embeddings of width {len(meta['mean'])}, and {store.path} has {store.dim}; use the store it was trained on, or one of the same language model"
+            f"{checkpoint} reads embeddings of width {len(meta['mean'])}, and {store.path} has {store.dim}; "
+            "use the store it was trained on, or one of the same language model"
         )
     idx = np.arange(len(store)) if idx is None else np.asarray(idx, np.int64)
     way = "residues" if v2 else model.encoder.patching
@@ -121,7 +123,8 @@ def protein_vectors(
                 for k, v in _encode(model, arch, {n: t.to(dev) for n, t in data.__getitems__(at).items()}).items():
                     if not torch.isfinite(v).all():
                         raise ProtmaeError(
-                            f"{checkpoint} gives {store.ids[at[int((~torch.isfinite(v)).any(1).nonzero()[0])]]!r} a vector that is not finite; was it trained to the end?"
+                            f"{checkpoint} gives {store.ids[at[int((~torch.isfinite(v)).any(1).nonzero()[0])]]!r} a "
+                            "vector that is not finite; was it trained to the end?"
                         )
                     kept.setdefault(k, torch.zeros(len(store), v.shape[1]))[at] = v.float().cpu()
                 done[at] = True

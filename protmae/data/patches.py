@@ -10,58 +10,61 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from .row_cache import RowCache
 from torch import Tensor
 
 from ..core import N_PATCHES, PATCH_SIZE, ProtmaeError
+from .row_cache import RowCache
 
-# %% ../../nbs/lib/data/09_patches.ipynb #625bcb8a
+# %% ../../nbs/lib/data/09_patches.ipynb #cceed9a0
 def n_patches(
     lengths,  # int, array or tensor of protein lengths
-    patching="window",  # 'window' or 'adaptive'
-):  # of the same kind
+    patching: str = "window",  # or 'adaptive'
+):  # of the same kind; raises `ProtmaeError` for another patching
     "How many real patches a protein of each length has."
     if patching == "window":
         return -(-lengths // PATCH_SIZE)
-    if patching == "adaptive":
-        return lengths.clip(max=N_PATCHES) if isinstance(lengths, (np.ndarray, Tensor)) else min(lengths, N_PATCHES)
-    raise ProtmaeError(f"patching is {patching!r}; expected 'window' or 'adaptive'")
+    if patching != "adaptive":
+        raise ProtmaeError(f"patching is {patching!r}; expected 'window' or 'adaptive'")
+    if isinstance(lengths, np.ndarray | Tensor):
+        return lengths.clip(max=N_PATCHES)
+    return min(lengths, N_PATCHES)
 
-# %% ../../nbs/lib/data/09_patches.ipynb #60803ea5
+# %% ../../nbs/lib/data/09_patches.ipynb #326f15af
 def patch_bounds(
     lengths: Tensor,  # (B,) real residues per protein, 1 to 1502
-    patching="window",  # 'window' or 'adaptive'
+    patching: str = "window",  # or 'adaptive'
 ) -> tuple:  # starts, ends: (B, 47) int64; an empty patch has start = end = length
     "Which residues each patch holds."
-    L, p = lengths.long()[:, None], torch.arange(N_PATCHES, device=lengths.device)
-    n = n_patches(L, patching)
+    L, patch = lengths.long()[:, None], torch.arange(N_PATCHES, device=lengths.device)
     if patching == "window":
-        return torch.minimum(p * PATCH_SIZE, L), torch.minimum((p + 1) * PATCH_SIZE, L)
-    return torch.where(p < n, p * L // n, L), torch.where(p < n, (p + 1) * L // n, L)
+        return torch.minimum(patch * PATCH_SIZE, L), torch.minimum((patch + 1) * PATCH_SIZE, L)
+    n = n_patches(L, patching)
+    return tuple(torch.where(patch < n, (patch + k) * L // n, L) for k in (0, 1))
 
-# %% ../../nbs/lib/data/09_patches.ipynb #f25abbd3
+# %% ../../nbs/lib/data/09_patches.ipynb #8f8cc1c5
 def patch_means(
     x: Tensor,  # (B, L, D) residue embeddings; rows past `lengths` are ignored
     lengths: Tensor,  # (B,) real residues per protein
-    patching="window",  # 'window' or 'adaptive'
+    patching: str = "window",  # or 'adaptive'
 ) -> Tensor:  # (B, 47, D); empty patches are 0
     "Mean of the real residues in each patch."
     B, L, D = x.shape
     starts, ends = patch_bounds(lengths, patching)
-    pos = torch.arange(L, device=x.device).expand(B, L)
-    patch = torch.searchsorted(ends, pos.contiguous(), right=True)  # which patch each residue is in
-    flat = (torch.arange(B, device=x.device)[:, None] * N_PATCHES + patch)[pos < lengths[:, None]]
-    out = x.new_zeros(B * N_PATCHES, D).index_add(0, flat, x[pos < lengths[:, None]])
-    return out.view(B, N_PATCHES, D) / (ends - starts).clamp(min=1)[..., None]
+    position = torch.arange(L, device=x.device).expand(B, L)
+    real = position < lengths[:, None]
+    patch = torch.searchsorted(ends, position.contiguous(), right=True)  # which patch each residue is in
+    row = (torch.arange(B, device=x.device)[:, None] * N_PATCHES + patch)[real]
+    sums = x.new_zeros(B * N_PATCHES, D).index_add(0, row, x[real])
+    return sums.view(B, N_PATCHES, D) / (ends - starts).clamp(min=1)[..., None]
 
-# %% ../../nbs/lib/data/09_patches.ipynb #1f7c8fee
+# %% ../../nbs/lib/data/09_patches.ipynb #34967529
 class PatchCache:
-    "The patch means of every protein of a store, pooled once; reads rows on demand."
+    "The patch means of every protein of a store, pooled once; reads rows on demand. Raises `ProtmaeError` at NaN."
 
     def __init__(
         self,
         store,  # `EmbeddingStore`
-        patching="window",  # 'window' or 'adaptive'
+        patching: str = "window",  # or 'adaptive'
         path=None,  # of the cache; None: beside the store
     ):
         self.store, self.patching = store, patching
@@ -69,11 +72,11 @@ class PatchCache:
         self.path = Path(path or store.path.with_suffix(f".{patching}-patches.h5"))
         key = dict(fingerprint=store.fingerprint, patching=patching)
         half = (store.dim, "<f2")
-        self._cache = RowCache(self.path, key, self.counts, dict(patches=half, patches_low=half))
-        self._cache.fill(self._pool, doing="pool patches")
+        self.rows = RowCache(self.path, key, self.counts, dict(patches=half, patches_low=half))
+        self.rows.fill(self._pool, doing="pool patches")
 
     def _pool(self, proteins):
-        "Yield the patch means of each protein as two float16 numbers whose sum they are."
+        "Yield the patch means of each protein, as float16 and the float16 of what that leaves."
         for i in proteins:
             bounds = patch_bounds(torch.tensor([self.store.lengths[i]]), self.patching)
             starts, ends = (bound[0, : self.counts[i]].numpy() for bound in bounds)
@@ -84,20 +87,17 @@ class PatchCache:
                     "the store is damaged, embed again"
                 )
             high = means.astype("<f2")
-            yield i, dict(patches=high, patches_low=(means - high).astype("<f2"))
+            yield i, dict(patches=high, patches_low=means - high)
 
     def __len__(self):
         return len(self.counts)
 
-    def __getitem__(
-        self,
-        i,  # position in the store
-    ) -> np.ndarray:  # (patches, D) float32
-        "The real patches of one protein."
-        return self._cache.read("patches", i).astype("f4") + self._cache.read("patches_low", i)
+    def __getitem__(self, i) -> np.ndarray:
+        "The real patches of protein i, (patches, D) float32."
+        return self.rows.read("patches", i).astype("f4") + self.rows.read("patches_low", i)
 
     def __getstate__(self):
         return dict(store=self.store, patching=self.patching, path=self.path)
 
-    def __setstate__(self, d):
-        self.__init__(**d)
+    def __setstate__(self, state):
+        self.__init__(**state)

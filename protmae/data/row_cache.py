@@ -20,7 +20,7 @@ from .writer import put, writer_lock
 from ..utils.files import atomic
 from ..utils.progress import Progress
 
-# %% ../../nbs/lib/data/08_row_cache.ipynb #fb00023f
+# %% ../../nbs/lib/data/08_row_cache.ipynb #fe63fb9c
 class RowCache:
     "Rows of N proteins in one file: each computed once, and read on demand."
 
@@ -47,9 +47,10 @@ class RowCache:
         proteins = np.arange(len(self)) if proteins is None else np.unique(proteins)
         return proteins[~self.done[proteins]]
 
-    def read(self, column: str, i: int) -> np.ndarray:
-        "The rows of protein i: (rows, width)."
-        return self._rows[column].read(self.offsets[i], self.offsets[i + 1])
+    def read(self, column: str, i: int, skip: int = 0, most: int = None) -> np.ndarray:
+        "Rows of protein i from its row `skip` on, at most `most` of them: (rows, width)."
+        begin, end = self.offsets[i] + skip, self.offsets[i + 1]
+        return self._rows[column].read(begin, end if most is None else min(end, begin + most))
 
     def fill(self, compute: Callable, proteins=None, doing="compute rows"):
         """Compute the rows that are missing, of `proteins` or of all.
@@ -69,7 +70,7 @@ class RowCache:
         "Open the file if it was made with this key."
         ours = False
         try:
-            with open_h5(self.path if self.path.exists() else None, "delete it, it is made anew") as f:
+            with open_h5(self.path, "delete it, it is made anew") as f:
                 ours = self._has_our_key(f)
                 if ours:
                     self._take_over(f)
