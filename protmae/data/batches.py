@@ -5,167 +5,155 @@
 # %% auto #0
 __all__ = ['is_validation', 'split_by_protein', 'ResidueBatches', 'PatchBatches', 'Resident', 'on_device', 'EpochSampler']
 
-# %% ../../nbs/lib/data/10_batches.ipynb #205c957a
+# %% ../../nbs/lib/data/10_batches.ipynb #a538738a
 import numpy as np
 import torch
 
 from ..core import MAX_LEN, N_PATCHES, ProtmaeError, check_number, seed_for
 
-# %% ../../nbs/lib/data/10_batches.ipynb #cf9ce400
+# %% ../../nbs/lib/data/10_batches.ipynb #ec401b9a
 def is_validation(
-    sequence,  # its letters (or its id, where a store has no sequences)
-    val_fraction=0.1,  # share of proteins for validation
-    seed=0,
+    sequence: str,  # its letters (or its id, where a store has no sequences)
+    val_fraction: float = 0.1,  # share of proteins for validation
+    seed: int = 0,  # of the split
 ) -> bool:
     "True for the proteins that are kept for validation."
     return seed_for(seed, "split", sequence) / 2**63 < val_fraction
 
-# %% ../../nbs/lib/data/10_batches.ipynb #ef03b397
+# %% ../../nbs/lib/data/10_batches.ipynb #9fe34056
 def split_by_protein(
     store,  # `EmbeddingStore`
-    val_fraction=0.1,  # share of proteins for validation
-    seed=0,
-    min_len=2,  # proteins shorter than this have nothing to mask and are left out
+    val_fraction: float = 0.1,  # share of proteins for validation
+    seed: int = 0,  # of the split and of the sample
+    min_len: int = 2,  # proteins shorter than this have nothing to mask and are left out
     max_proteins=None,  # use only a random sample of this size
     only=None,  # positions to choose from; None: all
 ) -> tuple:  # training and validation positions, and how many were left out as too short
-    "Training and validation proteins."
+    "Training and validation proteins. Raises `ProtmaeError` if there are none of either."
     val_fraction = check_number("val_fraction", val_fraction, 0, 1, open_low=True, open_high=True)
-    keep = np.arange(len(store)) if only is None else np.unique(only)
-    long = store.lengths[keep] >= min_len
-    keep, short = keep[long], int((~long).sum())
+    candidates = np.arange(len(store)) if only is None else np.unique(only)
+    chosen = candidates[store.lengths[candidates] >= min_len]
+    too_short = len(candidates) - len(chosen)
     if max_proteins:
-        keep = np.sort(
-            np.random.default_rng(seed_for(seed, "sample")).permutation(keep)[
-                : check_number("max_proteins", max_proteins, 2, integer=True)
-            ]
-        )
-    val = np.array([is_validation(store.sequences[i] or store.ids[i], val_fraction, seed) for i in keep], bool)
-    train, val = keep[~val], keep[val]
+        max_proteins = check_number("max_proteins", max_proteins, 2, integer=True)
+        order = np.random.default_rng(seed_for(seed, "sample")).permutation(chosen)
+        chosen = np.sort(order[:max_proteins])
+    names = [store.sequences[i] or store.ids[i] for i in chosen]
+    held_out = np.array([is_validation(name, val_fraction, seed) for name in names], bool)
+    train, val = chosen[~held_out], chosen[held_out]
     if not len(train) or not len(val):
         raise ProtmaeError(
-            f"{store.path}: {len(keep)} proteins of {min_len} residues or more give {len(train)} for training and {len(val)} for validation; expected some of each; use more proteins or another seed"
+            f"{store.path}: {len(chosen)} proteins of {min_len} residues or more give {len(train)} for training and "
+            f"{len(val)} for validation; expected some of each; use more proteins or another seed"
         )
-    return train, val, short
+    return train, val, too_short
 
-# %% ../../nbs/lib/data/10_batches.ipynb #1654fdcd
+# %% ../../nbs/lib/data/10_batches.ipynb #703f0cbe
 class ResidueBatches(torch.utils.data.Dataset):
     "Padded residue embeddings, for V2."
 
     def __init__(
         self,
         store,  # `EmbeddingStore`
-        mean,
-        std,  # (D,) of the training proteins
+        mean,  # (D,) of the training proteins' residues
+        std,  # (D,)
     ):
-        self.store, self.mean, self.std, self.room = store, torch.as_tensor(mean), torch.as_tensor(std), None
+        self.store, self.mean, self.std = store, torch.as_tensor(mean), torch.as_tensor(std)
+        self.buffer = None  # memory for the rows of a batch, used again
 
     def __len__(self):
         return len(self.store)
 
-    def __getitems__(
-        self,
-        idx,  # positions in the store
-    ) -> dict:  # x (B, longest, D) float32, lengths (B,), index (B,)
-        "One batch."
-        rows, lengths = self.store.batch(idx, self.room)
-        if self.room is None or len(self.room) < len(rows):
-            self.room = rows
-        x = torch.zeros(len(idx), int(lengths.max()), self.store.dim)
-        for row, part in zip(x, torch.from_numpy(rows).split(lengths.tolist())):
-            row[: len(part)] = (part.float() - self.mean) / self.std
-        return dict(x=x, lengths=torch.as_tensor(lengths), index=torch.as_tensor(idx))
+    def __getitems__(self, indices) -> dict:
+        "One batch of proteins by position: x (B, longest, D) float32, lengths (B,), index (B,)."
+        rows, lengths = self.store.batch(indices, self.buffer)
+        if self.buffer is None or len(self.buffer) < len(rows):
+            self.buffer = rows
+        x = torch.zeros(len(indices), int(lengths.max()), self.store.dim)
+        for padded, protein in zip(x, torch.from_numpy(rows).split(lengths.tolist()), strict=True):
+            padded[: len(protein)] = (protein.float() - self.mean) / self.std
+        return dict(x=x, lengths=torch.as_tensor(lengths), index=torch.as_tensor(indices))
 
-# %% ../../nbs/lib/data/10_batches.ipynb #9027c096
+# %% ../../nbs/lib/data/10_batches.ipynb #12652ce9
 class PatchBatches(torch.utils.data.Dataset):
     "Pooled patches, for V5."
 
     def __init__(
         self,
         cache,  # `PatchCache`
-        mean,
-        std,  # (D,) of the training proteins' residues
+        mean,  # (D,) of the training proteins' residues
+        std,  # (D,)
     ):
         self.cache, self.mean, self.std = cache, torch.as_tensor(mean), torch.as_tensor(std)
 
     def __len__(self):
         return len(self.cache)
 
-    def __getitems__(
-        self,
-        idx,  # positions in the store
-    ) -> dict:  # patches (B, 47, D) float32, lengths (B,), index (B,)
-        "One batch."
-        p = torch.zeros(len(idx), N_PATCHES, self.cache.store.dim)
-        for row, i in zip(p, idx):
-            row[: self.cache.counts[i]] = (torch.from_numpy(self.cache[i]) - self.mean) / self.std
-        return dict(patches=p, lengths=torch.as_tensor(self.cache.store.lengths[idx]), index=torch.as_tensor(idx))
+    def __getitems__(self, indices) -> dict:
+        "One batch of proteins by position: patches (B, 47, D) float32, lengths (B,), index (B,)."
+        store = self.cache.store
+        patches = torch.zeros(len(indices), N_PATCHES, store.dim)
+        for padded, i in zip(patches, indices, strict=True):
+            padded[: self.cache.counts[i]] = (torch.from_numpy(self.cache[i]) - self.mean) / self.std
+        lengths = torch.as_tensor(store.lengths[indices])
+        return dict(patches=patches, lengths=lengths, index=torch.as_tensor(indices))
 
-# %% ../../nbs/lib/data/10_batches.ipynb #e422343a
+# %% ../../nbs/lib/data/10_batches.ipynb #1418b7ea
 class Resident(torch.utils.data.Dataset):
     "The same batches from rows that lie on the device."
 
     def __init__(
         self,
         data,  # `ResidueBatches` or `PatchBatches`
-        device,
+        device,  # torch device
         proteins=None,  # positions that will be asked for; None: all
     ):
         self.patches = isinstance(data, PatchBatches)
-        rows = data.cache if self.patches else data.store
-        self.lengths = data.cache.store.lengths if self.patches else data.store.lengths
-        self.counts = data.cache.counts if self.patches else self.lengths
-        proteins = np.arange(len(rows)) if proteins is None else np.unique(proteins)
-        self.starts = np.full(len(rows), -1)
-        self.starts[proteins] = np.concatenate([[0], np.cumsum(self.counts[proteins])[:-1]])
-        self.table = torch.empty(
-            int(self.counts[proteins].sum()),
-            len(data.mean),
-            dtype=torch.float32 if self.patches else torch.float16,
-            device=device,
-        )
+        source, store = (data.cache, data.cache.store) if self.patches else (data.store, data.store)
+        self.lengths = store.lengths
+        self.counts = source.counts if self.patches else store.lengths  # rows per protein
+        proteins = np.arange(len(source)) if proteins is None else np.unique(proteins)
+        counts = self.counts[proteins]
+        self.starts = np.full(len(source), -1)
+        self.starts[proteins] = np.cumsum(counts) - counts
+        dtype = torch.float32 if self.patches else torch.float16
+        self.table = torch.empty(int(counts.sum()), len(data.mean), dtype=dtype, device=device)
         for i in proteins:
-            self.table[self.starts[i] : self.starts[i] + self.counts[i]] = torch.from_numpy(rows[i]).to(device)
+            self.table[self.starts[i] : self.starts[i] + self.counts[i]] = torch.from_numpy(source[i]).to(device)
         self.mean, self.std = data.mean.to(device), data.std.to(device)
 
     def __len__(self):
         return len(self.starts)
 
-    def __getitems__(
-        self,
-        idx,  # positions in the store
-    ) -> dict:  # as the data it was made of, on the device
-        "One batch."
-        dev = self.table.device
-        n, at, lengths, index = (
-            torch.as_tensor(v).to(dev, non_blocking=True)
-            for v in (self.counts[idx], self.starts[idx], self.lengths[idx], np.asarray(idx))
-        )
-        place = torch.arange(
-            N_PATCHES if self.patches else min(-(-int(self.counts[idx].max()) // 64) * 64, MAX_LEN), device=dev
-        )
-        x = (self.table[(at[:, None] + place).clamp(max=len(self.table) - 1)].float() - self.mean) / self.std
-        return {
-            "patches" if self.patches else "x": torch.where((place < n[:, None])[..., None], x, 0),
-            "lengths": lengths,
-            "index": index,
-        }
+    def __getitems__(self, indices) -> dict:
+        "One batch of proteins by position, as from the data it was made of, on the device."
+        device = self.table.device
+        columns = (self.counts[indices], self.starts[indices], self.lengths[indices], np.asarray(indices))
+        counts, starts, lengths, index = (torch.as_tensor(c).to(device, non_blocking=True) for c in columns)
+        width = N_PATCHES if self.patches else min(-(-int(columns[0].max()) // 64) * 64, MAX_LEN)
+        place = torch.arange(width, device=device)
+        rows = self.table[(starts[:, None] + place).clamp(max=len(self.table) - 1)].float()
+        real = (place < counts[:, None])[..., None]
+        x = torch.where(real, (rows - self.mean) / self.std, 0)
+        return {"patches" if self.patches else "x": x, "lengths": lengths, "index": index}
 
-# %% ../../nbs/lib/data/10_batches.ipynb #4cfd9469
+# %% ../../nbs/lib/data/10_batches.ipynb #649b2ef6
 def on_device(
     data,  # `ResidueBatches` or `PatchBatches`
     device,  # torch device
     proteins,  # positions that will be asked for
-    share=0.4,  # of the free memory, at most
+    share: float = 0.4,  # of the free memory, at most
 ):  # `Resident`, or `data` itself
     "Put the rows on a GPU where they fit."
     if torch.device(device).type != "cuda":
         return data
-    rows, size = (data.cache.counts, 4) if isinstance(data, PatchBatches) else (data.store.lengths, 2)
-    need = int(rows[proteins].sum()) * len(data.mean) * size
-    return Resident(data, device, proteins) if need < share * torch.cuda.mem_get_info(device)[0] else data
+    patches = isinstance(data, PatchBatches)
+    rows = (data.cache.counts if patches else data.store.lengths)[proteins].sum()
+    needed = int(rows) * len(data.mean) * (4 if patches else 2)
+    free = torch.cuda.mem_get_info(device)[0]
+    return Resident(data, device, proteins) if needed < share * free else data
 
-# %% ../../nbs/lib/data/10_batches.ipynb #07f9e79f
+# %% ../../nbs/lib/data/10_batches.ipynb #21809bb8
 class EpochSampler(torch.utils.data.Sampler):
     "Batches of positions; the same for the same seed and epoch."
 
@@ -174,41 +162,40 @@ class EpochSampler(torch.utils.data.Sampler):
     def __init__(
         self,
         indices,  # positions to draw from
-        batch_size,  # proteins per batch
+        batch_size: int,  # proteins per batch
         lengths=None,  # per position of the store: batches of like length; None: plain shuffling
-        seed=0,
-        shuffle=True,  # False: in the given order, or by length
-        pool=32,  # batches sorted by length together
+        seed: int = 0,  # of the order
+        shuffle: bool = True,  # False: in the given order, or by length
+        pool: int = 32,  # batches sorted by length together
     ):
-        self.indices, self.batch_size, self.lengths, self.seed, self.shuffle, self.pool, self.epoch = (
-            np.asarray(indices),
-            check_number("batch_size", batch_size, 1, integer=True),
-            lengths,
-            seed,
-            shuffle,
-            pool,
-            0,
-        )
+        self.indices, self.lengths = np.asarray(indices), lengths
+        self.batch_size = check_number("batch_size", batch_size, 1, integer=True)
+        self.seed, self.shuffle, self.pool, self.epoch = seed, shuffle, pool, 0
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int):
+        "Whose order to draw next."
         self.epoch = epoch
 
     def __len__(self):
         return -(-len(self.indices) // self.batch_size)
 
+    def _by_length(self, order):
+        "Longest first, within each pool."
+        size = self.batch_size * self.pool if self.shuffle else max(len(order), 1)
+        pools = [order[i : i + size] for i in range(0, len(order), size)] or [order]
+        return np.concatenate([pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools])
+
     def __iter__(self):
-        rng, order, n = np.random.default_rng(seed_for(self.seed, "order", self.epoch)), self.indices, self.batch_size
-        if self.shuffle:
-            order = rng.permutation(order)
+        rng = np.random.default_rng(seed_for(self.seed, "order", self.epoch))
+        order = rng.permutation(self.indices) if self.shuffle else self.indices
+        batches = np.arange(len(self))
         if self.lengths is not None:
-            pools = (
-                [order[i : i + n * self.pool] for i in range(0, len(order), n * self.pool)] if self.shuffle else [order]
-            )
-            order = np.concatenate([p[np.argsort(-self.lengths[p], kind="stable")] for p in pools])
-        k = np.arange(len(self))
-        if self.shuffle and self.lengths is not None:  # shuffled, but a short one stays last
-            last, k = len(k) - 1 if len(order) % n else 0, rng.permutation(len(k))
-            k = np.append(k[k != last], last)
-        return (
-            order[i * n : i * n + n].tolist() for i in k
-        )  # one at a time: lists of all would take more room than the order
+            order = self._by_length(order)
+            if self.shuffle:
+                last_is_short = len(order) % self.batch_size > 0
+                last = len(batches) - 1 if last_is_short else 0
+                batches = rng.permutation(len(batches))
+                batches = np.append(batches[batches != last], last)  # a short batch stays last
+        size = self.batch_size
+        # one at a time: lists of all would take more room than the order
+        return (order[k * size : (k + 1) * size].tolist() for k in batches)
