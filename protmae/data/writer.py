@@ -235,13 +235,12 @@ class StoreWriter:
     def __exit__(self, *exc):
         self.close()
 
-# %% ../../nbs/lib/data/06_writer.ipynb #de511a88
+# %% ../../nbs/lib/data/06_writer.ipynb #7eb22cfa
 def _copy_rows(old, tmp):
     "Copy the finished proteins of the store `old` into the planned file `tmp`, by id."
     with EmbeddingStore(old) as s, StoreWriter(tmp) as w:
         position = {id: i for i, id in enumerate(w.ids)}
-        for i in range(0, len(s), 64):
-            w.write((position[id], s[id]) for id in s.ids[i : i + 64])
+        w.write((position[id], s[id]) for id in s.ids)
 
 
 def extend(
@@ -269,7 +268,7 @@ def extend(
         _copy_rows(path, tmp)
     return path
 
-# %% ../../nbs/lib/data/06_writer.ipynb #3b9c8a7e
+# %% ../../nbs/lib/data/06_writer.ipynb #e630ebd3
 def split_store(
     store,  # `EmbeddingStore` or a path
     path,  # of the new store: mine.h5 gives mine-00000-of-0000n.h5 and so on
@@ -283,6 +282,5 @@ def split_store(
         with atomic(shard_name(path, k, n)) as tmp:
             create(tmp, ids, sequences, s.dim, s.model, s.layer, lengths, shard=[k, n], **attrs)
             with StoreWriter(tmp) as w:
-                for i in range(0, end - begin, 64):
-                    w.write((j, s[begin + j]) for j in range(i, min(i + 64, end - begin)))
+                w.write((i, s[begin + i]) for i in range(end - begin))
     return EmbeddingStore(path)
