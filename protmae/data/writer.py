@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['create', 'writer_lock', 'put', 'StoreWriter', 'extend', 'split_store']
 
-# %% ../../nbs/lib/data/06_writer.ipynb #a51c4dc2
+# %% ../../nbs/lib/data/06_writer.ipynb #c58c6fee
 import fcntl
 import json
 import os
@@ -18,10 +18,10 @@ import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
 from .allocation import padded_fingerprint, plan_file
-from .hdf5 import check_local, open_h5
+from .hdf5 import check_local, decode_texts, open_h5
 from .seal import check_seal
 from .shards import shard_name, shard_ranges
-from .store import FORMAT_VERSION, EmbeddingStore, decode_texts, row_checksum, row_moments
+from .store import FORMAT_VERSION, EmbeddingStore, row_checksum, row_moments
 from ..utils.files import atomic
 from ..utils.provenance import provenance
 
