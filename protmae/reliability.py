@@ -234,7 +234,14 @@ def _at_operation(n, count):
         setattr(os, name, counted)
 
 
-def child(job, folder, count, die_at, limit, pipe):
+def child(
+    job,
+    folder,
+    count,
+    die_at,
+    limit,
+    pipe,
+):
     "What runs in the new process: 'done', 'refused' with `ProtmaeError`'s message, or 'broken' with a traceback."
     os.chdir(folder)
     torch.set_num_threads(1)
@@ -327,7 +334,7 @@ def _digest(f):
     if f.suffix == ".npz":
         return {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in np.load(f, allow_pickle=False).items()}
     if f.name == "log.jsonl":
-        return [_timeless(json.loads(l)) for l in f.read_text().splitlines()]
+        return [_timeless(json.loads(line)) for line in f.read_text().splitlines()]
     if f.suffix == ".json":
         return _timeless(json.loads(f.read_text()))
     if f.suffix in (".pt", ".html"):
@@ -363,7 +370,7 @@ def sound(
         elif f.suffix == ".safetensors":
             load_file(f)
         elif f.name == "log.jsonl":
-            assert [json.loads(l)["epoch"] for l in f.read_text().splitlines()] == list(
+            assert [json.loads(line)["epoch"] for line in f.read_text().splitlines()] == list(
                 range(1, 1 + len(f.read_text().splitlines()))
             ), f.read_text()
         elif f.is_file():
@@ -376,9 +383,10 @@ def survive(
     template,  # folder it starts from
     work,  # folder to work in
     kills,  # how many
-    seed=0,
+    seed=0,  # of the random numbers
 ) -> dict:  # counts
-    "Kill a job again and again, half of the time at a random moment, half at a random file operation, until it gets through; then compare with an uninterrupted run."
+    "Kill a job again and again, half of the time at a random moment, half at a random file operation,"
+    "until it gets through; then compare with an uninterrupted run."
     rng, d, work = np.random.default_rng([seed, *job.encode()]), Path(work) / job, Path(work)
     whole = work / f"{job}-whole"
     shutil.copytree(template, whole)
@@ -413,7 +421,10 @@ def survive(
     return out
 
 # %% ../nbs/tests/13_reliability.ipynb #8686ea8f
-def differ(want, got):
+def differ(
+    want,
+    got,
+):
     "Raise unless both hold the same."
     wrong = [k for k in sorted(want.keys() | got.keys()) if want.get(k) != got.get(k)]
     assert not wrong, "; ".join(
@@ -428,7 +439,9 @@ def small_disk(
     "A tmpfs of its own."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mount = lambda *o: subprocess.run(["mount", *map(str, o)], capture_output=True, text=True).returncode
+
+    def mount(*o):
+        return subprocess.run(["mount", *map(str, o)], capture_output=True, text=True).returncode
 
     def free(n):
         v = os.statvfs(folder)
@@ -459,7 +472,10 @@ def squeeze(
     shutil.copytree(template, whole)
     end = finish(*start(job, whole))
     assert end[0] == "done", end[1]
-    size = lambda d: [f.stat().st_size for f in d.rglob("*") if f.is_file()]
+
+    def size(d):
+        return [f.stat().st_size for f in d.rglob("*") if f.is_file()]
+
     new = sum(size(whole)) - sum(size(template))
     largest = (
         max(
@@ -503,7 +519,8 @@ def interrupt_kernel(
     try:
         here = str(Path(importlib.import_module("protmae").__file__).parents[1])
         kc.execute(
-            f"import sys; sys.path.insert(0, {here!r}); import torch; torch.set_num_threads(1)\nfrom protmae.reliability import pretrain, SIZES\n"
+            f"import sys; sys.path.insert(0, {here!r}); import torch; "
+            "torch.set_num_threads(1)\nfrom protmae.reliability import pretrain, SIZES\n"
             "pretrain('v5', 'demo.h5', 'run', sizes=SIZES['v5'], cpu=True, batch_size=8, epochs=1000, lr=3e-3)"
         )
         said, sent = "", False
@@ -597,7 +614,10 @@ def soak(
     x, rss, files = np.array(got["samples"], float).T
     tail = x >= x[len(x) // 4]
     span = x[-1] - x[tail][0]
-    slope = lambda y: float(np.polyfit(x[tail], y[tail], 1)[0])
+
+    def slope(y):
+        return float(np.polyfit(x[tail], y[tail], 1)[0])
+
     return dict(
         unit=got["unit"],
         n=int(x[-1]) + 1,

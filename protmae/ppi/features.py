@@ -11,37 +11,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..data.row_cache import RowCache
 
 from ..core import N_PATCHES, ProtmaeError
-from ..data.allocation import plan_file
 from ..data.batches import PatchBatches, ResidueBatches
-from ..data.hdf5 import Rows, open_h5
 from ..data.patches import PatchCache, n_patches
-from ..data.writer import put
 from ..embed.run import token_batches
 from ..models.classifier import token_width
 from ..models.v2 import TransformerMAE
 from ..models.v5 import MAEEncoder
-from ..utils.files import atomic
-from ..utils.progress import Progress
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #36ec90ee
+# %% ../../nbs/lib/ppi/06_features.ipynb #f2a16cf1
 def encoder_digest(
-    encoder,  # a module
-    mean,
-    std,  # (D,) standardisation of its inputs
-    patching="window",
+    encoder,  # `torch.nn.Module`
+    mean,  # (D,) standardisation of its inputs
+    std,  # (D,)
+    patching: str = "window",  # or 'adaptive'
 ) -> str:  # 12 hex digits
     "A digest of everything that decides what the encoder says of a protein."
-    h = hashlib.sha256(f"{type(encoder).__name__}|{patching}".encode())
-    for k, v in sorted(encoder.state_dict().items()):
-        h.update(k.encode())
-        h.update(v.detach().cpu().contiguous().float().numpy())
-    for a in (mean, std):
-        h.update(np.ascontiguousarray(a, "f4"))
-    return h.hexdigest()[:12]
+    digest = hashlib.sha256(f"{type(encoder).__name__}|{patching}".encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().float().numpy())
+    for statistic in (mean, std):
+        digest.update(np.ascontiguousarray(statistic, "f4"))
+    return digest.hexdigest()[:12]
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #fe5db8eb
+# %% ../../nbs/lib/ppi/06_features.ipynb #36ec90ee
 class EncoderInputs:
     "Batches of what an encoder reads: residues for V2, patches for the others."
 
@@ -49,144 +45,103 @@ class EncoderInputs:
         self,
         model,  # `PPIClassifier`
         store,  # `EmbeddingStore`
-        mean,
-        std,  # (D,) standardisation
+        mean,  # (D,) standardisation
+        std,  # (D,)
     ):
-        self.data = (
-            PatchBatches(PatchCache(store, model.patching), mean, std)
-            if not isinstance(model.encoder, TransformerMAE)
-            else ResidueBatches(store, mean, std)
-        )
+        if isinstance(model.encoder, TransformerMAE):
+            self.data = ResidueBatches(store, mean, std)
+        else:
+            self.data = PatchBatches(PatchCache(store, model.patching), mean, std)
 
-    def encoded(
-        self,
-        model,  # `PPIClassifier`
-        idx,  # positions in the store
-    ) -> tuple:  # (P, ., .) and lengths (P,), on the model's device
-        "`model.encoded` of some proteins."
-        dev = next(model.parameters()).device
-        b = {k: v.to(dev) for k, v in self.data.__getitems__(idx).items()}
-        return model.encoded(b.get("x"), b["lengths"], b.get("patches")), b["lengths"]
+    def encode(self, model, indices) -> tuple:
+        "`model.encode` of proteins by position: (P, ., .) and lengths (P,), on the model's device."
+        device = next(model.parameters()).device
+        batch = {name: value.to(device) for name, value in self.data.__getitems__(indices).items()}
+        return model.encode(batch.get("x"), batch["lengths"], batch.get("patches")), batch["lengths"]
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #ec2d9e0e
+# %% ../../nbs/lib/ppi/06_features.ipynb #fe5db8eb
 class TokenCache:
-    "Features of every protein of a store from one frozen encoder."
+    "What one frozen encoder says of every protein of a store."
 
     def __init__(
         self,
         model,  # `PPIClassifier` with a frozen encoder
         store,  # `EmbeddingStore`
-        mean,
-        std,  # (D,) standardisation the encoder was trained with
+        mean,  # (D,) standardisation the encoder was trained with
+        std,  # (D,)
         path=None,  # None: beside the store, named by digest
-        max_tokens=16384,  # residues per batch while encoding
+        max_tokens: int = 16384,  # residues per batch while encoding
     ):
         if not model.frozen:
             raise ProtmaeError(
                 "the encoder is not frozen: what it says changes as it trains; use EncoderInputs instead of a cache"
             )
-        self._at(model.encoder, store, mean, std, model.patching, path)
-        self.built = not self._fits()
+        self._locate(model.encoder, store, mean, std, model.patching, path)
+        self.built = not self.rows.exists()
         if self.built:
-            self._build(model, EncoderInputs(model, store, mean, std), max_tokens)
-        self._open()
+            self.rows.write(self._encoded(model, EncoderInputs(model, store, mean, std), max_tokens), "encode proteins")
+        self.rows.open()
 
     @classmethod
-    def found(
-        cls,
-        encoder,
-        store,
-        mean,
-        std,
-        patching="window",
-    ):  # `TokenCache`, or None
-        "The cache of this encoder beside this store, if an earlier run has left one."
-        self = cls.__new__(cls)
-        self._at(encoder, store, mean, std, patching, None)
-        if self._fits():
-            self.built = False
-            self._open()
-            return self
+    def found(cls, encoder, store, mean, std, patching: str = "window"):
+        "The cache of this encoder beside this store if an earlier run has left one, else None."
+        cache = cls.__new__(cls)
+        cache._locate(encoder, store, mean, std, patching, None)
+        if not cache.rows.exists():
+            return None
+        cache.built = False
+        cache.rows.open()
+        return cache
 
-    def _at(self, encoder, store, mean, std, patching, path):
-        self.store, self.patching, self.cls = store, patching, int(isinstance(encoder, MAEEncoder))
-        self.width = token_width(encoder)
-        self.key = f"{encoder_digest(encoder, mean, std, patching)}-{store.fingerprint}"
-        self.path = Path(path or store.path.with_suffix(f".tokens-{self.key[:12]}.h5"))
+    def _locate(self, encoder, store, mean, std, patching, path):
+        self.store, self.patching = store, patching
+        self.cls = int(isinstance(encoder, MAEEncoder))  # tokens in front of the patches
         self.counts = n_patches(store.lengths, patching) + self.cls
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
-
-    def _open(self):
-        with open_h5(self.path, "delete it, it is made anew") as f:
-            self._rows = Rows(f, "tokens")
-        if (got := (self._rows.shape, str(self._rows.dtype))) != (
-            want := ((int(self.counts.sum()), self.width), "float16")
-        ):
-            raise ProtmaeError(f"{self.path} holds {got}, expected {want}; delete it, it is made anew")
-        self.dim = self._rows.shape[1]
-
-    def _fits(self):
-        try:
-            with open_h5(self.path) as f:
-                return bool(f.attrs.get("key") == self.key)
-        except ProtmaeError:
-            return False
+        self.dim = token_width(encoder)
+        key = f"{encoder_digest(encoder, mean, std, patching)}-{store.fingerprint}"
+        self.path = Path(path or store.path.with_suffix(f".tokens-{key[:12]}.h5"))
+        self.rows = RowCache(self.path, dict(key=key), self.counts, self.dim, ("tokens",))
 
     @torch.no_grad()
-    def _build(self, model, inputs, max_tokens):
-        was = model.training
+    def _encoded(self, model, inputs, max_tokens):
+        "Position and real rows of every protein."
+        was_training = model.training
         model.eval()
-        with atomic(self.path) as tmp, Progress(len(self.store), "encode proteins", "proteins") as p:
-            at = None
-            for batch in token_batches(self.store.lengths.tolist(), max_tokens):
-                x, _ = inputs.encoded(model, batch)
-                row = 2 * x.shape[2]
-                if at is None:
-                    at = plan_file(tmp, dict(tokens=((self.counts.sum(), x.shape[2]), "<f2")), {}, dict(key=self.key))[
-                        "tokens"
-                    ]
-                half = x.float().cpu().numpy().astype("<f2")
-                with open(tmp, "rb+", buffering=0) as f:
-                    for x, i in zip(half, batch):
-                        if not np.isfinite(x := x[: self.counts[i]]).all():
-                            raise ProtmaeError(
-                                f"the encoder's tokens of {self.store.ids[i]!r} do not fit float16; was it trained to the end?"
-                            )
-                        put(f.fileno(), x, at + int(self.starts[i]) * row)
-                p.update(len(batch))
-        model.train(was)
+        for batch in token_batches(self.store.lengths.tolist(), max_tokens):
+            encoded, _ = inputs.encode(model, batch)
+            half = encoded.float().cpu().numpy().astype("<f2")
+            for i, rows in zip(batch, half, strict=True):
+                real = rows[: self.counts[i]]
+                if not np.isfinite(real).all():
+                    raise ProtmaeError(
+                        f"the encoder's tokens of {self.store.ids[i]!r} do not fit float16; was it trained to the end?"
+                    )
+                yield i, dict(tokens=real)
+        model.train(was_training)
 
     def __len__(self):
         return len(self.counts)
 
-    def batch(
-        self,
-        idx,  # positions in the store
-    ) -> tuple:  # (P, 48 or 47, E) float32, zero-padded, and lengths (P,)
-        "What the encoder says of some proteins."
-        out = torch.zeros(len(idx), N_PATCHES + self.cls, self.dim)
-        for row, i in zip(out, idx):
-            row[: self.counts[i]] = torch.from_numpy(self._rows.read(self.starts[i], self.starts[i] + self.counts[i]))
-        return out, torch.as_tensor(self.store.lengths[idx])
+    def batch(self, indices) -> tuple:
+        "Proteins by position -> (P, 48 or 47, E) float32, zero-padded, and lengths (P,)."
+        out = torch.zeros(len(indices), N_PATCHES + self.cls, self.dim)
+        for row, i in zip(out, indices, strict=True):
+            row[: self.counts[i]] = torch.from_numpy(self.rows.read("tokens", i))
+        return out, torch.as_tensor(self.store.lengths[indices])
 
-    def fit_whitening(
-        self,
-        model,  # `PPIClassifier`
-        proteins,  # positions of the training proteins
-        shrink=0.1,
-    ):
-        "Fit the classifier's whitening on the tokens of the training proteins."
-        runs = lambda skip, stop: (
-            torch.from_numpy(
-                np.concatenate([self._rows.read(self.starts[i] + skip, stop(i)) for i in proteins[j : j + 512]])
-            )
-            for j in range(0, len(proteins), 512)
-        )
-        model.white_patch.fit(runs(self.cls, lambda i: self.starts[i] + self.counts[i]), shrink)
+    def fit_whitening(self, model, proteins, shrink: float = 0.1):
+        "Fit the classifier's whitening on the tokens of the training proteins, given by position."
+
+        def batches(skip, most):
+            for j in range(0, len(proteins), 512):
+                parts = [self.rows.read("tokens", i, skip, most) for i in proteins[j : j + 512]]
+                yield torch.from_numpy(np.concatenate(parts))
+
+        model.white_patch.fit(batches(self.cls, None), shrink)
         if self.cls:
-            model.white_cls.fit(runs(0, lambda i: self.starts[i] + 1), shrink)
+            model.white_cls.fit(batches(0, 1), shrink)
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #7fbb5f97
+# %% ../../nbs/lib/ppi/06_features.ipynb #855646fa
 class WhitenedFeatures:
     "Features of proteins, whitened once: in memory as float16 where they fit, else whitened batch by batch."
 
@@ -195,36 +150,33 @@ class WhitenedFeatures:
         model,  # `PPIClassifier` whose whitening is fitted
         cache,  # `TokenCache`
         proteins,  # positions that will be asked for
-        max_bytes=4e9,  # of memory
+        max_bytes: float = 4e9,  # of memory
     ):
         self.cache, self.model, self.table = cache, model, None
-        n = cache.counts[proteins]
-        if n.sum() * cache.dim * 2 > max_bytes:
+        counts = cache.counts[proteins]
+        if counts.sum() * cache.dim * 2 > max_bytes:
             return
-        self.table, self.start = torch.zeros(int(n.sum()), cache.dim, dtype=torch.float16), np.full(len(cache), -1)
-        self.start[proteins] = np.concatenate([[0], np.cumsum(n)[:-1]])
+        self.table = torch.zeros(int(counts.sum()), cache.dim, dtype=torch.float16)
+        self.start = np.full(len(cache), -1)
+        self.start[proteins] = np.cumsum(counts) - counts
         for i in range(0, len(proteins), 256):
             part = proteins[i : i + 256]
-            f, _ = self._white(part)
-            for row, j in zip(f, part):
+            for row, j in zip(self._whitened(part)[0], part, strict=True):
                 self.table[self.start[j] : self.start[j] + cache.counts[j]] = row[: cache.counts[j]]
 
     @torch.no_grad()
-    def _white(self, idx):
-        f, L = self.cache.batch(idx)
-        dev = self.model.white_patch.mean.device
-        f = self.model.whiten(f.to(dev)).cpu()
-        return f * (torch.arange(f.shape[1]) < torch.as_tensor(self.cache.counts[idx])[:, None])[..., None], L
+    def _whitened(self, indices):
+        encoded, lengths = self.cache.batch(indices)
+        features = self.model.whiten(encoded.to(self.model.white_patch.mean.device)).cpu()
+        real = torch.arange(features.shape[1]) < torch.as_tensor(self.cache.counts[indices])[:, None]
+        return features * real[..., None], lengths
 
-    def batch(
-        self,
-        idx,  # positions in the store
-    ) -> tuple:  # features (P, 48 or 47, E) float32, zero-padded, and lengths (P,)
-        "Features of some proteins."
+    def batch(self, indices) -> tuple:
+        "Proteins by position -> features (P, 48 or 47, E) float32, zero-padded, and lengths (P,)."
         if self.table is None:
-            return self._white(idx)
-        out = torch.zeros(len(idx), N_PATCHES + self.cache.cls, self.cache.dim)
-        for row, i in zip(out, idx):
-            n = self.cache.counts[i]
-            row[:n] = self.table[self.start[i] : self.start[i] + n]
-        return out, torch.as_tensor(self.cache.store.lengths[idx])
+            return self._whitened(indices)
+        out = torch.zeros(len(indices), N_PATCHES + self.cache.cls, self.cache.dim)
+        for row, i in zip(out, indices, strict=True):
+            count = self.cache.counts[i]
+            row[:count] = self.table[self.start[i] : self.start[i] + count]
+        return out, torch.as_tensor(self.cache.store.lengths[indices])

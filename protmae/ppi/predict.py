@@ -15,123 +15,126 @@ from ..core import ProtmaeError
 from ..models.classifier import IdentityEncoder
 from ..models.hub import check_sizes, load_model, read_tensors
 from .config import config_for
-from .datasets import PairBatches, is_saved_weight
+from .datasets import PairBatches
 from .features import EncoderInputs, TokenCache, WhitenedFeatures
 from .pairs import Pairs
-from .training import PairScorer, make_classifier
+from .training import PairScorer, make_classifier, saved_weights
 from ..utils.download import file_sha256
 
-# %% ../../nbs/lib/ppi/09_predict.ipynb #a135fd04
-def load_weights(net, state, path, finetune):
+# %% ../../nbs/lib/ppi/09_predict.ipynb #13dedd03
+def load_weights(
+    net,  # `PPIClassifier`
+    state: dict,  # from its file
+    path,  # for messages
+):  # raises `ProtmaeError` unless exactly the saved weights are there
+    "Load what a run has saved of its classifier."
     try:
-        missing, extra = net.load_state_dict(state, strict=False)
+        missing, unexpected = net.load_state_dict(state, strict=False)
     except RuntimeError as e:
+        why = " ".join(str(e).split())[:200]
+        raise ProtmaeError(f"{path} does not fit this classifier ({why}); was it trained on another encoder?") from None
+    lacking = sorted(saved_weights(net).intersection(missing))
+    if unexpected or lacking:
         raise ProtmaeError(
-            f"{path} does not fit this classifier ({' '.join(str(e).split())[:200]}); was it trained on another encoder?"
-        ) from None
-    if extra or any(is_saved_weight(k, finetune) for k in missing):
-        raise ProtmaeError(
-            f"{path} does not fit this classifier (missing: {[k for k in missing if is_saved_weight(k, finetune)][:3]}, not expected: {extra[:3]}); was it written by another version?"
+            f"{path} does not fit this classifier (missing: {lacking[:3]}, not expected: {unexpected[:3]}); "
+            "was it written by another version?"
         )
 
-# %% ../../nbs/lib/ppi/09_predict.ipynb #13dedd03
+# %% ../../nbs/lib/ppi/09_predict.ipynb #9a92d2d5
 def load_classifier(
     path,  # best.safetensors of a PPI run
     checkpoint=None,  # the encoder's file, if it has moved
-) -> tuple:  # `PPIClassifier` in eval mode, dict with arch, config, mean, std, ...
+) -> tuple:  # `PPIClassifier` in eval mode, dict with arch, config, mean, std, ...; raises `ProtmaeError`
     "A trained classifier, ready to use."
     state, about = read_tensors(path)
     if not about or "encoder" not in about:
         raise ProtmaeError(f"{path} is no classifier of a PPI run; pass the best.safetensors that 04_train_ppi wrote")
-    try:
-        c = config_for(**about["config"])
-        check_sizes(
-            path,
-            {
-                k: c[k]
-                for k in (
-                    "n_layers",
-                    *["embed_dim"] * (about.get("arch") in ("v5.2", "patches")),
-                    *["lora_rank"] * (c["finetune"] == "lora"),
-                )
-            },
-            state,
-        )
-        about = (
-            about
-            | {k: np.asarray(about[k], "f4") for k in ("mean", "std")}
-            | dict(config=c, checkpoint=about["checkpoint"] and str(about["checkpoint"]))
-        )
-    except (KeyError, TypeError, ValueError) as e:
-        raise (
-            e
-            if isinstance(e, ProtmaeError)
-            else ProtmaeError(
-                f"{path}: its description is not that of a PPI run ({type(e).__name__}: {e}); it is damaged"
-            )
-        ) from None
+    about = _check_description(path, state, about)
     if about["encoder"] is None:
-        model, meta = IdentityEncoder(D := about["mean"].size), dict(arch="patches", sizes=dict(input_dim=D))
+        dim = about["mean"].size
+        model, arch = IdentityEncoder(dim), "patches"
     else:
-        model, meta = _encoder_of(path, checkpoint, about)
-    if not all(
-        v.shape == (meta["sizes"]["input_dim"],) and np.isfinite(v).all() for v in (about["mean"], about["std"])
-    ):
-        raise ProtmaeError(f"{path}: its mean and std do not fit {meta['sizes']['input_dim']} inputs; it is damaged")
-    net = make_classifier(model.encoder if meta["arch"] == "v5" else model, about["config"])
-    load_weights(net, state, path, about["config"]["finetune"])
+        model, meta = _load_encoder(path, checkpoint, about)
+        dim, arch = meta["sizes"]["input_dim"], meta["arch"]
+    if not all(about[name].shape == (dim,) and np.isfinite(about[name]).all() for name in ("mean", "std")):
+        raise ProtmaeError(f"{path}: its mean and std do not fit {dim} inputs; it is damaged")
+    net = make_classifier(model.encoder if arch == "v5" else model, about["config"])
+    load_weights(net, state, path)
     return net.eval(), about
 
-# %% ../../nbs/lib/ppi/09_predict.ipynb #9a92d2d5
-def _encoder_of(path, checkpoint, about):
-    ck = Path(checkpoint or about["checkpoint"])
-    if not ck.is_file():
-        raise ProtmaeError(f"{path} stands on the encoder {ck}, which is not there; pass checkpoint= with its place")
-    if file_sha256(ck) != about["encoder"]:
+
+def _check_description(path, state, about):
+    "The metadata of a classifier's file, with its configuration and statistics as what they are."
+    try:
+        config = config_for(**about["config"])
+        sized = ["n_layers"]
+        if about.get("arch") in ("v5.2", "patches"):
+            sized.append("embed_dim")
+        if config.finetune == "lora":
+            sized.append("lora_rank")
+        check_sizes(path, {name: getattr(config, name) for name in sized}, state)
+        statistics = {name: np.asarray(about[name], "f4") for name in ("mean", "std")}
+        checkpoint = about["checkpoint"] and str(about["checkpoint"])
+    except ProtmaeError:
+        raise
+    except (KeyError, TypeError, ValueError) as e:
         raise ProtmaeError(
-            f"{ck} is not the encoder that {path} was trained on (its sha256 differs); pass checkpoint= with the right file"
+            f"{path}: its description is not that of a PPI run ({type(e).__name__}: {e}); it is damaged"
+        ) from None
+    return about | statistics | dict(config=config, checkpoint=checkpoint)
+
+
+def _load_encoder(path, checkpoint, about):
+    file = Path(checkpoint or about["checkpoint"])
+    if not file.is_file():
+        raise ProtmaeError(f"{path} stands on the encoder {file}, which is not there; pass checkpoint= with its place")
+    if file_sha256(file) != about["encoder"]:
+        raise ProtmaeError(
+            f"{file} is not the encoder that {path} was trained on (its sha256 differs); "
+            "pass checkpoint= with the right file"
         )
-    return load_model(ck)
+    return load_model(file)
 
-
+# %% ../../nbs/lib/ppi/09_predict.ipynb #3b04ff2b
 @torch.no_grad()
 def predict(
     path,  # best.safetensors of a PPI run
     store,  # `EmbeddingStore` of the same language model
-    a,
-    b,  # lists of ids: the pairs
+    a: list,  # ids of the first protein of each pair
+    b: list,  # ids of the second
     checkpoint=None,  # the encoder's file, if it has moved
-    batch_size=256,
-) -> (
-    np.ndarray
-):  # (len(a),) probability that each pair interacts, calibrated to the class balance of the training pairs
-    "Score pairs with a trained classifier."
+    batch_size: int = 256,  # pairs
+) -> np.ndarray:  # (n,) probability that each pair interacts, calibrated to the training pairs' class balance
+    "Score pairs with a trained classifier; raises `ProtmaeError` for unknown proteins or another width."
     net, about = load_classifier(path, checkpoint)
-    at = {k: i for i, k in enumerate(store.ids)}
-    if len(a) != len(b):
-        raise ProtmaeError(f"{len(a)} first and {len(b)} second proteins; expected as many")
-    lack = sorted({i for i in (*a, *b) if i not in at})
-    if lack:
-        raise ProtmaeError(
-            f"{len(lack):,} proteins are not in {store.path}, {lack[0]!r} first; embed them, or leave out their pairs"
-        )
+    pairs = _pairs_of(store, a, b)
     if store.dim != len(about["mean"]):
         raise ProtmaeError(f"{path} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}")
-    dev = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.to(dev)
-    p = Pairs(store.ids, np.array([at[i] for i in a]), np.array([at[i] for i in b]), np.zeros(len(a), "i1"))
-    out = []
-    inputs = (
-        WhitenedFeatures(net, TokenCache(net, store, about["mean"], about["std"]), p.proteins)
-        if net.frozen
-        else EncoderInputs(net, store, about["mean"], about["std"])
-    )
-    data = PairBatches(p, inputs)
-    for i in range(0, len(a), batch_size):
-        batch = {
-            k: v.to(dev)
-            for k, v in data.__getitems__(np.arange(i, min(i + batch_size, len(a)))).items()
-            if k not in ("label", "index")
-        }
-        out.append(torch.sigmoid(PairScorer(net)(**batch).double()).cpu().numpy())
-    return np.concatenate(out) if out else np.zeros(0)
+    if not len(pairs):
+        return np.zeros(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device)
+    inputs = EncoderInputs(net, store, about["mean"], about["std"])
+    if net.frozen:
+        inputs = WhitenedFeatures(net, TokenCache(net, store, about["mean"], about["std"]), pairs.proteins)
+    data, scorer, out = PairBatches(pairs, inputs), PairScorer(net), []
+    for i in range(0, len(pairs), batch_size):
+        batch = data.__getitems__(np.arange(i, min(i + batch_size, len(pairs))))
+        batch = {name: value.to(device) for name, value in batch.items() if name not in ("label", "index")}
+        out.append(torch.sigmoid(scorer(**batch).double()).cpu().numpy())
+    return np.concatenate(out)
+
+
+def _pairs_of(store, a, b):
+    "Unlabelled pairs of a store's proteins."
+    if len(a) != len(b):
+        raise ProtmaeError(f"{len(a)} first and {len(b)} second proteins; expected as many")
+    positions = {name: i for i, name in enumerate(store.ids)}
+    missing = sorted({name for name in (*a, *b) if name not in positions})
+    if missing:
+        raise ProtmaeError(
+            f"{len(missing):,} proteins are not in {store.path}, {missing[0]!r} first; "
+            "embed them, or leave out their pairs"
+        )
+    first, second = (np.array([positions[name] for name in names], np.int64) for names in (a, b))
+    return Pairs(store.ids, first, second, np.zeros(len(a), "i1"))

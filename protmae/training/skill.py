@@ -23,7 +23,10 @@ def interpolate(
     some = visible.any(1)[:, None, None]
     left, right = left.clamp(0, N - 1), right.clamp(0, N - 1)
     w = ((pos - left) / (right - left).clamp(min=1))[..., None].to(x.dtype)
-    take = lambda i: x.gather(1, i[..., None].expand_as(x))
+
+    def take(i):
+        return x.gather(1, i[..., None].expand_as(x))
+
     return torch.where(some, take(left) * (1 - w) + take(right) * w, 0.0)
 
 # %% ../../nbs/lib/training/01_skill.ipynb #36f95a9c
@@ -56,4 +59,6 @@ class Skill:
     def result(self) -> dict:  # mse and the three skills
         "What the sums come to."
         m, *base, n = self.sums.tolist()
-        return dict(mse=m / max(n, 1)) | {k: 1 - m / b if b > 0 else 0.0 for k, b in zip(self.names, base)}
+        return dict(mse=m / max(n, 1)) | {
+            k: 1 - m / b if b > 0 else 0.0 for k, b in zip(self.names, base, strict=False)
+        }
