@@ -17,49 +17,85 @@ from ..core import ProtmaeError
 from ..data.batches import PatchBatches, ResidueBatches
 from ..data.patches import PatchCache, n_patches, patch_bounds
 from ..embed.run import token_batches
+from ..models.classifier import token_width
 from ..models.hub import load_model, save_tensors
-from ..models.v5 import real_patches
+from ..models.v2 import TransformerMAE
 from ..ppi.features import TokenCache, encoder_digest
 from ..utils.progress import Progress
 
-# %% ../../nbs/lib/analysis/01_vectors.ipynb #d70850ce
-def _encode(model, arch, b):
-    "Vectors of one batch."
-    if arch == "v2":
-        t, r = model.encode(b["x"], b["lengths"])
-        mean = t.new_zeros(len(b["lengths"]), t.shape[1]).index_add(0, r.index // r.shape[1], t) / b["lengths"][:, None]
+# %% ../../nbs/lib/analysis/01_vectors.ipynb #4ec13474
+def _encode(model, batch):
+    "Vectors of the proteins in a batch."
+    lengths = batch["lengths"]
+    if isinstance(model, TransformerMAE):
+        mean = model.tokens(batch["x"], lengths).sum(1) / lengths[:, None]
         return dict(compressed=model.compress_head(mean), mean=mean)
-    out, real = model.encoder(None, b["lengths"], b["patches"]), real_patches(b["lengths"], model.encoder.patching)
-    return dict(cls=out[:, 0], mean=out[:, 1:].sum(1) / real.sum(1, keepdim=True))  # missing patches are 0
+    tokens = model.encoder(None, lengths, batch["patches"])
+    mean = tokens[:, 1:].sum(1) / n_patches(lengths, model.encoder.patching)[:, None]  # missing patches are 0
+    return dict(cls=tokens[:, 0], mean=mean)
 
 
-def _pool(tokens, idx, v2):
-    "The same from a `TokenCache`, to float16."
-    out = {}
-    for i in range(0, len(idx), 256):
-        f, L = tokens.batch(idx[i : i + 256].tolist())
-        s, e = patch_bounds(L, tokens.patching)
-        n = (e - s).to(f.dtype)
-        if v2 is None:
-            got = dict(cls=f[:, 0], mean=f[:, 1:].sum(1) / (n > 0).sum(1, keepdim=True))
+def _pool(model, cache, idx):
+    "The same vectors from a `TokenCache`, exact to float16."
+    found = []
+    for start in range(0, len(idx), 256):
+        tokens, lengths = cache.batch(idx[start : start + 256].tolist())
+        if isinstance(model, TransformerMAE):  # a patch mean weighs as much as it has residues
+            starts, ends = patch_bounds(lengths, cache.patching)
+            mean = (tokens * (ends - starts)[..., None]).sum(1) / lengths[:, None]
+            found.append(dict(compressed=model.compress_head(mean), mean=mean))
         else:
-            mean = (f * n[..., None]).sum(1) / L[:, None]
-            got = dict(compressed=v2.compress_head(mean), mean=mean)  # patch means, as heavy as they are long
-        for k, v in got.items():
-            out.setdefault(k, []).append(v.float())
-    return {k: torch.cat(v).numpy() for k, v in out.items()}
+            mean = tokens[:, 1:].sum(1) / n_patches(lengths, cache.patching)[:, None]
+            found.append(dict(cls=tokens[:, 0], mean=mean))
+    return {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
+
+# %% ../../nbs/lib/analysis/01_vectors.ipynb #d20f21ed
+def _load(checkpoint, store):
+    "The model with the mean and std of its inputs; raises `ProtmaeError` if it cannot read this store."
+    model, meta = load_model(checkpoint)
+    if meta["mean"] is None:
+        raise ProtmaeError(
+            f"{checkpoint} carries no mean and std to standardise its inputs with; "
+            "load it with load_model(..., mean, std) and write it with save_model"
+        )
+    if len(meta["mean"]) != store.dim:
+        raise ProtmaeError(
+            f"{checkpoint} reads embeddings of width {len(meta['mean'])}, and {store.path} has {store.dim}; "
+            "use the store it was trained on, or one of the same language model"
+        )
+    return model, meta["mean"], meta["std"]
 
 
-def _cached(path, n, names):
+def _kept(path, empty):
+    "What an earlier call has left, or `empty` where that is missing, damaged or of another shape."
     try:
         kept = load_file(path)
     except Exception:
-        return {}  # made anew, as is one that holds anything else
-    return (
-        kept
-        if kept.keys() == {"done", *names} and all(len(v) == n and torch.isfinite(v).all() for v in kept.values())
-        else {}
+        return empty
+    fits = kept.keys() == empty.keys() and all(
+        value.shape == empty[name].shape and torch.isfinite(value).all() for name, value in kept.items()
     )
+    return kept if fits else empty
+
+
+def _encoded(model, data, batches, lengths):
+    "Positions and vectors of the proteins in each batch."
+    device = next(model.parameters()).device
+    with Progress(int(lengths[np.concatenate(batches)].sum()), "protein vectors", "residues") as progress:
+        for proteins in batches:
+            inputs = {name: value.to(device) for name, value in data.__getitems__(proteins).items()}
+            yield proteins, _encode(model, inputs)
+            progress.update(int(lengths[proteins].sum()))
+
+
+def _check_finite(found, proteins, store, checkpoint):
+    for value in found.values():
+        bad = ~torch.isfinite(value).all(1)
+        if bad.any():
+            raise ProtmaeError(
+                f"{checkpoint} gives {store.ids[proteins[int(bad.nonzero()[0])]]!r} a vector that is not finite; "
+                "was it trained to the end?"
+            )
 
 
 @torch.no_grad()
@@ -71,66 +107,35 @@ def protein_vectors(
     device=None,  # None: a GPU if there is one
     max_tokens=8192,  # residues (V2) or patches (V5) per batch
     save_seconds=120.0,  # between saves
-) -> dict:  # name -> (len(idx), width) float32: cls and mean (V5), compressed and mean (V2)
+) -> dict:  # name -> (len(idx), width) float32: cls and mean (V5), compressed and mean (V2); raises `ProtmaeError`
     "Vectors of whole proteins from a frozen encoder; what was computed before is read."
-    model, meta = load_model(checkpoint)
-    arch = meta["arch"]
-    v2 = arch == "v2"
-    if meta["mean"] is None:
-        raise ProtmaeError(
-            f"{checkpoint} carries no mean and std to standardise its inputs with; load it with load_model(..., "
-            "mean, std) and write it with save_model"
-        )
-    if len(meta["mean"]) != store.dim:
-        raise ProtmaeError(
-            f"{checkpoint} reads embeddings of width {len(meta['mean'])}, and {store.path} has {store.dim}; "
-            "use the store it was trained on, or one of the same language model"
-        )
+    model, mean, std = _load(checkpoint, store)
+    is_v2 = isinstance(model, TransformerMAE)
+    encoder = model if is_v2 else model.encoder
+    patching = "window" if is_v2 else encoder.patching
     idx = np.arange(len(store)) if idx is None else np.asarray(idx, np.int64)
-    way = "residues" if v2 else model.encoder.patching
-    tokens = (
-        TokenCache.found(model if v2 else model.encoder, store, meta["mean"], meta["std"], "window" if v2 else way)
-        if path is None
-        else None
-    )
+    tokens = TokenCache.found(encoder, store, mean, std, patching) if path is None else None
     if tokens:
-        return _pool(tokens, idx, model if v2 else None)
-    key = encoder_digest(model if v2 else model.encoder, meta["mean"], meta["std"], way)
-    path = Path(path or store.path.with_suffix(f".vectors-{key}-{store.fingerprint}.safetensors"))
-    kept = _cached(path, len(store), ("compressed" if v2 else "cls", "mean"))
-    done = kept["done"].bool() if kept else torch.zeros(len(store), dtype=torch.bool)
-    todo = np.unique(idx[~done[idx].numpy()])
-    if len(todo):
-        if not done.any():
-            kept = {}
-        dev = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model.to(dev)
-        data = (
-            ResidueBatches(store, meta["mean"], meta["std"])
-            if v2
-            else PatchBatches(PatchCache(store, way), meta["mean"], meta["std"])
-        )
-        size = (store.lengths if v2 else n_patches(store.lengths, way) + 1)[todo]
-        save, last = (
-            lambda: save_tensors(
-                path, kept | dict(done=done.to(torch.uint8)), dict(arch=arch, fingerprint=store.fingerprint)
-            ),
-            time.perf_counter(),
-        )
-        with Progress(int(store.lengths[todo].sum()), f"{arch} vectors", "residues") as p:
-            for part in token_batches(size.tolist(), max_tokens):
-                at = todo[part]
-                for k, v in _encode(model, arch, {n: t.to(dev) for n, t in data.__getitems__(at).items()}).items():
-                    if not torch.isfinite(v).all():
-                        raise ProtmaeError(
-                            f"{checkpoint} gives {store.ids[at[int((~torch.isfinite(v)).any(1).nonzero()[0])]]!r} a "
-                            "vector that is not finite; was it trained to the end?"
-                        )
-                    kept.setdefault(k, torch.zeros(len(store), v.shape[1]))[at] = v.float().cpu()
-                done[at] = True
-                p.update(int(store.lengths[at].sum()))
-                if time.perf_counter() - last > save_seconds:
-                    save()
-                    last = time.perf_counter()
-        save()
-    return {k: v[idx].numpy() for k, v in kept.items() if k != "done"}
+        return _pool(model, tokens, idx)
+    digest = encoder_digest(encoder, mean, std, "residues" if is_v2 else patching)
+    path = Path(path or store.path.with_suffix(f".vectors-{digest}-{store.fingerprint}.safetensors"))
+    widths = dict(compressed=store.dim) if is_v2 else dict(cls=token_width(encoder))
+    empty = {name: torch.zeros(len(store), width) for name, width in (widths | dict(mean=token_width(encoder))).items()}
+    vectors = _kept(path, empty | dict(done=torch.zeros(len(store), dtype=torch.uint8)))
+    missing = np.unique(idx[vectors["done"][idx].numpy() == 0])
+    if len(missing):
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        data = ResidueBatches(store, mean, std) if is_v2 else PatchBatches(PatchCache(store, patching), mean, std)
+        sizes = store.lengths if is_v2 else n_patches(store.lengths, patching) + 1
+        batches = [missing[part] for part in token_batches(sizes[missing].tolist(), max_tokens)]
+        about, saved = dict(arch="v2" if is_v2 else "v5", fingerprint=store.fingerprint), time.monotonic()
+        for proteins, found in _encoded(model, data, batches, store.lengths):
+            _check_finite(found, proteins, store, checkpoint)
+            for name, value in found.items():
+                vectors[name][proteins] = value.float().cpu()
+            vectors["done"][proteins] = 1
+            if time.monotonic() - saved > save_seconds:
+                save_tensors(path, vectors, about)
+                saved = time.monotonic()
+        save_tensors(path, vectors, about)
+    return {name: value[idx].numpy() for name, value in vectors.items() if name != "done"}
