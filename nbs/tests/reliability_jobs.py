@@ -230,6 +230,9 @@ class JobProcess:
         outbox.close()
         self.inbox.recv()
 
+    def pause(self):
+        os.kill(self.process.pid, signal.SIGSTOP)
+
     def kill(self):
         self.process.kill()
 
