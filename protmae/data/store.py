@@ -109,7 +109,7 @@ def _check_shard(shard, k, first, n):
                 "shards of one store are embedded with one model in one way; embed it again"
             )
 
-# %% ../../nbs/lib/data/05_store.ipynb #0c98c9b5
+# %% ../../nbs/lib/data/05_store.ipynb #0acb9bb4
 def _free_memory():
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return float("inf")
@@ -139,7 +139,7 @@ class EmbeddingStore:
             _check_version(f, path)
             self._read_all_but_rows(f)
         self.model, self.layer = str(self.attrs.get("model", "?")), str(self.attrs.get("layer", "?"))
-        self.fingerprint = fingerprint(self.ids, self.sequences, self.lengths, self._checksums, self.dim, self.model)
+        self.fingerprint = fingerprint(self.ids, self.sequences, self.lengths, self.checksums, self.dim, self.model)
         recorded = str(self.attrs.get("fingerprint", "")).strip()  # none before the store is complete
         if recorded and not self.fingerprint.startswith(recorded):
             raise ProtmaeError(
@@ -164,7 +164,7 @@ class EmbeddingStore:
         self.starts, self.lengths = offsets[done], np.diff(offsets)[done]
         self.ids, self.sequences = [ids[i] for i in done], [sequences[i] for i in done]
         self._index = {id: i for i, id in enumerate(self.ids)}
-        self._checksums = datasets["checksums"][:][done]
+        self.checksums = datasets["checksums"][:][done]
         self._moments, self._planned = Rows(f, "moments"), done  # positions among the planned proteins
         attrs = {name: value for name, value in f.attrs.items() if name not in ("mean", "std")}
         self.attrs = {name: value.decode() if isinstance(value, bytes) else value for name, value in attrs.items()}
@@ -194,7 +194,7 @@ class EmbeddingStore:
         self._rows = Joined([shard._rows for shard in shards])
         self._moments = Joined([shard._moments for shard in shards])
         self.lengths = np.concatenate([shard.lengths for shard in shards])
-        self._checksums = np.concatenate([shard._checksums for shard in shards])
+        self.checksums = np.concatenate([shard.checksums for shard in shards])
         self.starts = np.concatenate([s.starts + begin for s, begin in zip(shards, self._rows.begins, strict=True)])
         begins = self._moments.begins
         self._planned = np.concatenate([s._planned + begin for s, begin in zip(shards, begins, strict=True)])
@@ -333,7 +333,7 @@ def describe(
         print(f"lengths {shortest}-{longest}, mean {mean:.0f}, median {median:.0f}")
         print("\n".join(_length_histogram(s.lengths)))
 
-# %% ../../nbs/lib/data/05_store.ipynb #27404d87
+# %% ../../nbs/lib/data/05_store.ipynb #8ae603fc
 def verify(
     store,  # `EmbeddingStore` or a path
 ) -> int:  # proteins checked
@@ -345,7 +345,7 @@ def verify(
     with Progress(len(s), "verify", "proteins") as progress:
         for i, id in enumerate(s.ids):
             rows, planned = s[i], s._planned[i]
-            if row_checksum(rows) != int(s._checksums[i]):
+            if row_checksum(rows) != int(s.checksums[i]):
                 raise ProtmaeError(
                     f"{s.path}: the rows of {id!r} differ from their checksum; the file is damaged, embed again"
                 )
