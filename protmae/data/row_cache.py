@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RowCache']
 
-# %% ../../nbs/lib/data/08_row_cache.ipynb #268e8688
+# %% ../../nbs/lib/data/08_row_cache.ipynb #38730627
 import os
 import time
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from ..core import ProtmaeError
 from .allocation import plan_file
 from .hdf5 import Rows, check_local, open_h5
 from .writer import put, writer_lock
-from ..utils.files import atomic
+from ..utils.files import atomic, make_folder
 from ..utils.progress import Progress
 
-# %% ../../nbs/lib/data/08_row_cache.ipynb #6a78573c
+# %% ../../nbs/lib/data/08_row_cache.ipynb #c265eac0
 class RowCache:
     "Rows of N proteins in one file: each computed once, and read on demand."
 
@@ -59,6 +59,7 @@ class RowCache:
         """
         if not len(self.missing(proteins)):
             return
+        make_folder(self.path.parent)
         with writer_lock(self.path, wait=True):
             is_new = not self._open()  # another process may have filled it in the meantime
             if is_new:
