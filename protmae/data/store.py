@@ -109,7 +109,7 @@ def _check_shard(shard, k, first, n):
                 "shards of one store are embedded with one model in one way; embed it again"
             )
 
-# %% ../../nbs/lib/data/05_store.ipynb #0acb9bb4
+# %% ../../nbs/lib/data/05_store.ipynb #658a98c0
 def _free_memory():
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return float("inf")
@@ -138,8 +138,6 @@ class EmbeddingStore:
         with open_h5(path) as f:
             _check_version(f, path)
             self._read_all_but_rows(f)
-        self.model, self.layer = str(self.attrs.get("model", "?")), str(self.attrs.get("layer", "?"))
-        self.fingerprint = fingerprint(self.ids, self.sequences, self.lengths, self.checksums, self.dim, self.model)
         recorded = str(self.attrs.get("fingerprint", "")).strip()  # none before the store is complete
         if recorded and not self.fingerprint.startswith(recorded):
             raise ProtmaeError(
@@ -168,6 +166,8 @@ class EmbeddingStore:
         self._moments, self._planned = Rows(f, "moments"), done  # positions among the planned proteins
         attrs = {name: value for name, value in f.attrs.items() if name not in ("mean", "std")}
         self.attrs = {name: value.decode() if isinstance(value, bytes) else value for name, value in attrs.items()}
+        self.model, self.layer = str(self.attrs.get("model", "?")), str(self.attrs.get("layer", "?"))
+        self.fingerprint = fingerprint(self.ids, self.sequences, self.lengths, self.checksums, self.dim, self.model)
 
     def _join(self):
         "Open the shards and stand for all of them: rows stay where they are, everything else is appended."
