@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..data.row_cache import RowCache
 
 from ..core import N_PATCHES, ProtmaeError
 from ..data.batches import PatchBatches, ResidueBatches
 from ..data.patches import PatchCache, n_patches
+from ..data.row_cache import RowCache
 from ..embed.run import token_batches
 from ..models.classifier import token_width
 from ..models.v2 import TransformerMAE
