@@ -27,6 +27,6 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},
-    include_package_data=True,
+    package_data={"protmae.data": ["*.toml"]},
     zip_safe=False,
 )

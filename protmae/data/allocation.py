@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['padded_fingerprint', 'plan_file']
 
-# %% ../../nbs/lib/data/03_allocation.ipynb #0567c26e
+# %% ../../nbs/lib/data/03_allocation.ipynb #6c5c8b85
 import hashlib
 import io
 import os
@@ -17,115 +17,140 @@ import numpy as np
 from ..core import ProtmaeError
 from .seal import FRONT, seal
 
-# %% ../../nbs/lib/data/03_allocation.ipynb #8563467c
-def padded_fingerprint(text):
-    return np.array(text.encode(), h5py.string_dtype("utf-8", 16))  # of fixed length: changed in place
+# %% ../../nbs/lib/data/03_allocation.ipynb #4bacea55
+def padded_fingerprint(
+    text: str,  # 16 characters at most
+) -> np.ndarray:  # a text of 16 bytes
+    "A fingerprint of fixed length, so that it can be changed in place."
+    return np.array(text.encode(), h5py.string_dtype("utf-8", 16))
 
-# %% ../../nbs/lib/data/03_allocation.ipynb #483d5aee
-class _Sparse(io.RawIOBase):
-    "A file in memory that keeps only the blocks written to: HDF5 lays out a large file in it."
+# %% ../../nbs/lib/data/03_allocation.ipynb #6f8d6257
+class _SparseFile(io.RawIOBase):
+    "A file in memory that keeps only the blocks written to; `h5py.File` takes it for a file."
 
-    block = 1 << 16
+    block_size = 1 << 16
 
     def __init__(self):
-        self.blocks, self.at, self.size = {}, 0, 0
+        self.blocks, self.position, self.size = {}, 0, 0  # number of the block -> its bytes
 
-    def seek(self, to, whence=0):
-        self.at = (0, self.at, self.size)[whence] + to
-        return self.at
+    def seek(self, offset, whence=0):
+        self.position = (0, self.position, self.size)[whence] + offset
+        return self.position
 
     def tell(self):
-        return self.at
+        return self.position
 
-    def truncate(self, n=None):
-        self.size = self.at if n is None else n
+    def truncate(self, size=None):
+        self.size = self.position if size is None else size
         return self.size
 
-    def _pieces(self, n):
-        "The next n bytes as (block, first, last within it)."
-        end = self.at + n
-        while self.at < end:
-            k, a = divmod(self.at, self.block)
-            b = min(self.block, a + end - self.at)
-            yield k, a, b
-            self.at += b - a
+    def _pieces(self, buffer):
+        "Cut a buffer at the borders of blocks: (number of the block, place within it, part of the buffer)."
+        while len(buffer):
+            number, begin = divmod(self.position, self.block_size)
+            piece = buffer[: self.block_size - begin]
+            yield number, slice(begin, begin + len(piece)), piece
+            self.position += len(piece)
+            buffer = buffer[len(piece) :]
 
-    def readinto(self, out):
-        out, i = memoryview(out).cast("B"), 0
-        for k, a, b in self._pieces(len(out)):
-            out[i : i + b - a] = self.blocks.get(k, bytes(self.block))[a:b]
-            i += b - a
-        return i
+    def readinto(self, buffer):
+        buffer = memoryview(buffer).cast("B")
+        for number, place, piece in self._pieces(buffer):
+            piece[:] = self.blocks.get(number, bytes(self.block_size))[place]
+        return len(buffer)
 
     def write(self, data):
-        data, i = memoryview(data).cast("B"), 0
-        for k, a, b in self._pieces(len(data)):
-            self.blocks.setdefault(k, bytearray(self.block))[a:b] = data[i : i + b - a]
-            i += b - a
-        self.size = max(self.size, self.at)
-        return i
+        data = memoryview(data).cast("B")
+        for number, place, piece in self._pieces(data):
+            self.blocks.setdefault(number, bytearray(self.block_size))[place] = piece
+        self.size = max(self.size, self.position)
+        return len(data)
 
     def find(self, data):
-        "Where `data` (no longer than a block) was written."
-        for k in sorted(self.blocks):
-            if (i := (self.blocks[k] + self.blocks.get(k + 1, b"")).find(data)) >= 0:
-                return k * self.block + i
+        "Where `data`, no longer than a block, was written."
+        for number in sorted(self.blocks):
+            two_blocks = self.blocks[number] + self.blocks.get(number + 1, b"")
+            place = two_blocks.find(data)
+            if place >= 0:
+                return number * self.block_size + place
+
+    def copy_to(self, file):
+        "Write the blocks to a file on the disk."
+        for number in sorted(self.blocks):
+            begin = number * self.block_size
+            file.seek(begin)
+            file.write(self.blocks[number][: max(0, self.size - begin)])
+
+# %% ../../nbs/lib/data/03_allocation.ipynb #f3cccbf0
+def _marks(later):
+    "For each value a text of the same number of bytes that occurs nowhere else in the file."
+    marks = {}
+    for name, value in later.items():
+        digest = hashlib.blake2b(name.encode()).hexdigest()
+        marks[name] = (digest * (1 + value.nbytes // len(digest))).encode()[: value.nbytes]
+    return marks
+
+
+def _create_space(f, name, shape, dtype):
+    "A contiguous dataset whose place in the file is fixed at once, and whose rows are not written."
+    how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    how.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    how.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    how.set_obj_track_times(False)
+    extent = h5py.h5s.create_simple(tuple(map(int, shape)))
+    h5py.h5d.create(f.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), extent, how)
+
+
+def _replace_marks(raw, marks, later):
+    "Write the first values over the marks; name -> (offset, bytes)."
+    places = {}
+    for name, value in later.items():
+        places[name] = raw.find(marks[name]), value.nbytes
+        raw.seek(places[name][0])
+        raw.write(value.tobytes())
+    return places
+
+
+def _reserve(file, size, folder):
+    "Reserve the space on the disk, so that it cannot be full later on."
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            os.truncate(file.fileno(), size)
+    except OSError as e:
+        raise ProtmaeError(
+            f"{folder}: cannot reserve {size / 1e9:.2g} GB ({e.strerror}); free some space or write elsewhere"
+        ) from None
 
 
 def plan_file(
     path,  # to write
-    spaces,  # name -> (shape, dtype): datasets to be filled later with `pwrite`; their first bytes are at the offsets returned
-    arrays,  # name -> array, written now
-    attrs,  # of the file
+    spaces: dict,  # name -> (shape, dtype): datasets to be filled later with `pwrite`
+    arrays: dict,  # name -> array, written now
+    attrs: dict,  # of the file
     later=(),  # name -> first value of attributes that may be changed in place with `pwrite`, too
-) -> dict:  # name -> offset of a space
-    "A sealed HDF5 file laid out in memory, its space reserved on the disk, and only then written: HDF5 itself never meets a full disk, which may crash it."
-    raw, later = _Sparse(), dict(later)
-    marks = {k: hashlib.blake2b(k.encode()).hexdigest() * (1 + np.asarray(v).nbytes // 128) for k, v in later.items()}
-    with (
-        h5py.File(raw, "w", libver=("earliest", "v108"), userblock_size=FRONT) as f
-    ):  # headers without checksums, since values of attributes change in place; newer layouts also mark a file as open
-        for k, v in arrays.items():
-            f[k] = v
-        for k, v in attrs.items():
-            f.attrs[k] = v
-        for k, v in later.items():
-            f.attrs.create(
-                k,
-                np.frombuffer(marks[k].encode()[: np.asarray(v).nbytes], np.asarray(v).dtype).reshape(np.shape(v)),
-                dtype=np.asarray(v).dtype,
-            )
-        early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        early.set_obj_track_times(False)
-        for k, (shape, dtype) in spaces.items():
-            h5py.h5d.create(
-                f.id,
-                k.encode(),
-                h5py.h5t.py_create(np.dtype(dtype)),
-                h5py.h5s.create_simple(tuple(map(int, shape))),
-                early,
-            )
-        where = {k: f[k].id.get_offset() for k in spaces}
-        open_ = {k: (where[k], f[k].id.get_storage_size()) for k in spaces if f[k].size}
-    for k, v in later.items():
-        v = np.asarray(v)
-        at = raw.find(marks[k].encode()[: v.nbytes])
-        open_[k] = at, v.nbytes
-        raw.seek(at)
-        raw.write(v.tobytes())
-    with open(path, "wb") as f:
-        try:
-            getattr(os, "posix_fallocate", lambda fd, a, n: os.truncate(fd, n))(
-                f.fileno(), 0, raw.size
-            )  # macOS has no such call
-        except OSError as e:
-            raise ProtmaeError(
-                f"{Path(path).parent}: cannot reserve {raw.size / 1e9:.2g} GB ({e.strerror}); free some space or write elsewhere"
-            ) from None
-        for k in sorted(raw.blocks):
-            f.seek(k * raw.block)
-            f.write(raw.blocks[k][: max(0, raw.size - k * raw.block)])
-    seal(path, open_)
-    return where
+) -> dict:  # name -> offset of the first byte of each space
+    "Write a sealed HDF5 file with all its space reserved. Raises `ProtmaeError` where the disk has no room for it."
+    raw = _SparseFile()
+    later = {name: np.asarray(value) for name, value in dict(later).items()}
+    marks = _marks(later)
+    # the oldest layout: no checksums of headers, for values of attributes change in place, and no mark of an open file
+    with h5py.File(raw, "w", libver=("earliest", "v108"), userblock_size=FRONT) as f:
+        for name, array in arrays.items():
+            f[name] = array
+        for name, value in attrs.items():
+            f.attrs[name] = value
+        for name, value in later.items():
+            mark = np.frombuffer(marks[name], value.dtype).reshape(value.shape)
+            f.attrs.create(name, mark, dtype=value.dtype)
+        for name, (shape, dtype) in spaces.items():
+            _create_space(f, name, shape, dtype)
+        offsets = {name: f[name].id.get_offset() for name in spaces}
+        may_change = {name: (offsets[name], f[name].id.get_storage_size()) for name in spaces if f[name].size}
+    may_change |= _replace_marks(raw, marks, later)
+    with open(path, "wb") as file:
+        _reserve(file, raw.size, Path(path).parent)
+        raw.copy_to(file)
+    seal(path, may_change)
+    return offsets

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['REGISTRY', 'Source', 'Dataset', 'fetch']
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #625ef131
+# %% ../../nbs/lib/data/12_datasets.ipynb #52dc8197
 import json
 import re
 import time
+import tomllib
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +22,7 @@ from .writer import writer_lock
 from ..utils.download import download, file_sha256
 from ..utils.files import atomic, write_json
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #88dce0fc
+# %% ../../nbs/lib/data/12_datasets.ipynb #abfeddea
 @dataclass(frozen=True)
 class Source:
     "One file of a data set."
@@ -30,16 +32,11 @@ class Source:
     kind: str  # 'proteins' or 'pairs'
     sha256: str = None  # None: not known yet, recorded at the first download
     sep: str = "\t"  # of a pairs file, as pandas takes it
-    columns: tuple = (
-        0,
-        1,
-        2,
-        None,
-    )  # of a pairs file: id a, id b, label, split; names need a header, numbers say there is none
+    columns: tuple = (0, 1, 2, None)  # of a pairs file: id a, id b, label, split; names mean that there is a header
     label: int = None  # the label of every pair, where there is no such column
     split: str = ""  # the split of every pair, where there is no such column
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #abef5805
+# %% ../../nbs/lib/data/12_datasets.ipynb #250862b7
 @dataclass(frozen=True)
 class Dataset:
     "A published set of labelled protein pairs."
@@ -51,247 +48,181 @@ class Dataset:
     note: str = ""  # what a user must know
     checked: str = ""  # how far the addresses were verified
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #4cef13b6
-_b4ppi = "https://raw.githubusercontent.com/Llannelongue/B4PPI/main/data/"
-_b4ppi_columns = ("uniprotID_A", "uniprotID_B", "isInteraction", "trainTest")
-_b4ppi_cite = "Lannelongue & Inouye, Pitfalls of machine learning models for protein-protein interaction networks, Bioinformatics 2024"
-_figshare = "https://ndownloader.figshare.com/files/"
-_swissprot = Source("human_swissprot_oneliner.fasta", _figshare + "52237748", "proteins")
-_dscript = "https://raw.githubusercontent.com/samsledje/D-SCRIPT/main/data/"
-
-REGISTRY = {
-    "b4ppi-yeast": Dataset(
-        (
-            Source(
-                "benchmarkingGS_yeast_v1-0.csv",
-                _b4ppi + "benchmarkingGS_yeast_v1-0.csv",
-                "pairs",
-                "a9c561d5bf0073ebec5b114c620e07b19e297bcc075a048a8853dded18281a5a",
-                "|",
-                _b4ppi_columns,
-            ),
-            Source(
-                "sequenceData_yeast_v1-0--1-0.csv",
-                _b4ppi + "sequenceData_yeast_v1-0--1-0.csv",
-                "proteins",
-                "8d6c16f5a3f82f8f069d0c01c5d5c4a4329d0261fea1ff68a2e7ef06dc8730bd",
-            ),
-        ),
-        "CC BY 4.0",
-        _b4ppi_cite,
-        "https://github.com/Llannelongue/B4PPI",
-        "IntAct pairs, as many positives as negatives",
-        "names and SHA-256 of both files verified",
-    ),
-    "b4ppi-human": Dataset(
-        (
-            Source("benchmarkingGS_v1-0.csv", _b4ppi + "benchmarkingGS_v1-0.csv", "pairs", None, "|", _b4ppi_columns),
-            _swissprot,
-        ),
-        "CC BY 4.0",
-        _b4ppi_cite,
-        "https://github.com/Llannelongue/B4PPI",
-        "B4PPI publishes the human sequences only as pickles, which are not opened here; those of the Bernett et al. set (human Swiss-Prot) stand in. The split column may name more than one test set.",
-        "pairs: the file name stands in the repository's README, its address and format were not seen; sequences: as bernett-gold",
-    ),
-}
-
-# %% ../../nbs/lib/data/12_datasets.ipynb #b972b01b
-_species = dict(
-    human="Homo sapiens",
-    mouse="Mus musculus",
-    fly="Drosophila melanogaster",
-    worm="Caenorhabditis elegans",
-    yeast="Saccharomyces cerevisiae",
-    ecoli="Escherichia coli",
-)
+# %% ../../nbs/lib/data/12_datasets.ipynb #feed10d9
+def _source(columns=None, **entry):
+    if columns is not None:  # TOML knows no None: an absent column is ''
+        entry["columns"] = tuple(None if column == "" else column for column in columns)
+    return Source(**entry)
 
 
-def _bernett():
-    ids = {
-        "Intra0_neg": 41270466,
-        "Intra0_pos": 41270469,
-        "Intra1_neg": 41270472,
-        "Intra1_pos": 41270475,
-        "Intra2_neg": 41270478,
-        "Intra2_pos": 41270481,
+def _read_registry():
+    text = resources.files("protmae.data").joinpath("datasets.toml").read_text(encoding="utf-8")
+    return {
+        name: Dataset(sources=tuple(_source(**source) for source in entry.pop("sources")), **entry)
+        for name, entry in tomllib.loads(text).items()
     }
-    role = dict(Intra0="val", Intra1="train", Intra2="test")
-    pairs = tuple(
-        Source(
-            f"{k}_rr.txt",
-            f"{_figshare}{v}",
-            "pairs",
-            sep=r"\s+",
-            columns=(0, 1, None, None),
-            label=int(k.endswith("pos")),
-            split=role[k[:6]],
-        )
-        for k, v in ids.items()
-    )
-    return Dataset(
-        (*pairs, _swissprot),
-        "CC BY 4.0",
-        "Bernett, Blumenthal & List, Cracking the black box of deep sequence-based protein-protein interaction prediction, Briefings in Bioinformatics 2024",
-        "https://doi.org/10.6084/m9.figshare.21591618",
-        "163,192 / 59,260 / 52,048 training / validation / test pairs; no protein in two of them, little similarity between them",
-        "file names, roles and sizes agree between three public users of the set; the numbers in the addresses come from one of them and were not followed",
-    )
 
 
-def _dscript_set(species):
-    splits = ("train", "test") if species == "human" else ("test",)
-    pairs = tuple(Source(f"{species}_{s}.tsv", f"{_dscript}pairs/{species}_{s}.tsv", "pairs", split=s) for s in splits)
-    what = "trains on human" if species == "human" else "a test set only: models are trained on dscript-human"
-    return Dataset(
-        (*pairs, Source(f"{species}.fasta", f"{_dscript}seqs/{species}.fasta", "proteins")),
-        "MIT (its repository)",
-        "Sledzieski, Singh, Cowen & Berger, D-SCRIPT translates genome to phenome with sequence-based, structure-aware, genome-scale predictions of protein-protein interactions, Cell Systems 2021",
-        "https://github.com/samsledje/D-SCRIPT",
-        f"{_species[species]}, STRING, 1 positive to 10 negatives; {what}",
-        "paths seen in indexed copies of the repository or its public mirrors; format seen for the test pairs",
-    )
+REGISTRY = _read_registry()
 
-
-REGISTRY["bernett-gold"] = _bernett()
-REGISTRY |= {f"dscript-{s}": _dscript_set(s) for s in _species}
-
-# %% ../../nbs/lib/data/12_datasets.ipynb #1f18900a
-def _read_pairs_file(path, s):
-    named = any(isinstance(c, str) for c in s.columns)
+# %% ../../nbs/lib/data/12_datasets.ipynb #f3ec2485
+def _read_table(path, source):
+    has_header = any(isinstance(column, str) for column in source.columns)
     try:
-        t = pd.read_csv(path, sep=s.sep, header=0 if named else None, dtype=str, keep_default_na=False)
+        header = 0 if has_header else None
+        table = pd.read_csv(path, sep=source.sep, header=header, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as e:
         raise ProtmaeError(f"{path} cannot be read as a table ({str(e).strip()}); delete it and fetch again") from None
-    absent = [c for c in s.columns if c is not None and c not in t.columns]
-    if absent:
-        raise ProtmaeError(
-            f"{path}: column {absent[0]!r} is missing; found {list(t.columns)}; has the file changed upstream?"
-        )
-    a, b, label, split = s.columns
-    out = pd.DataFrame(dict(id_a=t[a].str.strip(), id_b=t[b].str.strip()))
-    number = pd.to_numeric(t[label], errors="coerce") if label is not None else pd.Series(s.label, index=t.index)
-    bad = ~number.isin([0, 1])
-    if bad.any():
-        raise ProtmaeError(
-            f"{path} line {bad.idxmax() + 1 + named}: label is {t[label][bad.idxmax()]!r}; expected 0 or 1; has the file changed upstream?"
-        )
-    return out.assign(label=number.astype(int), split=t[split] if split is not None else s.split)
+    for column in source.columns:
+        if column is not None and column not in table.columns:
+            raise ProtmaeError(
+                f"{path}: column {column!r} is missing; found {list(table.columns)}; has the file changed upstream?"
+            )
+    return table, 1 + has_header  # the line of its first row
+
+
+def _read_pairs(path, source):
+    "The pairs of one raw file: id_a, id_b, label, split."
+    table, first_line = _read_table(path, source)
+    id_a, id_b, label, split = source.columns
+    pairs = pd.DataFrame(dict(id_a=table[id_a].str.strip(), id_b=table[id_b].str.strip()))
+    if label is None:
+        pairs["label"] = source.label
+    else:
+        numbers = pd.to_numeric(table[label], errors="coerce")
+        wrong = ~numbers.isin([0, 1])
+        if wrong.any():
+            row = wrong.idxmax()
+            raise ProtmaeError(
+                f"{path} line {first_line + row}: label is {table[label][row]!r}; expected 0 or 1; "
+                "has the file changed upstream?"
+            )
+        pairs["label"] = numbers.astype(int)
+    pairs["split"] = source.split if split is None else table[split]
+    return pairs
+
+
+def _without_twins(ids, sequences, used):
+    "The proteins of pairs, and of the others one for each new sequence."
+    known = {sequence for id, sequence in zip(ids, sequences, strict=True) if id in used}
+    kept = []
+    for id, sequence in zip(ids, sequences, strict=True):
+        if id in used or sequence not in known:
+            kept.append((id, sequence))
+            known.add(sequence)
+    return kept
 
 
 def _normalise(folder, sources):
-    "Write pairs.tsv and proteins.fasta from the raw files; returns the counts."
+    "Write pairs.tsv and proteins.fasta from the raw files, and say what is in them."
     raw = folder / "raw"
-    pairs = pd.concat([_read_pairs_file(raw / s.name, s) for s in sources if s.kind == "pairs"], ignore_index=True)
-    records = [r for s in sources if s.kind == "proteins" for r in read_sequences(raw / s.name)]
-    ids, seqs, _ = clean_sequences(records, max_len=10**9, source=str(raw))
+    tables = [_read_pairs(raw / source.name, source) for source in sources if source.kind == "pairs"]
+    pairs = pd.concat(tables, ignore_index=True)
+    files = [raw / source.name for source in sources if source.kind == "proteins"]
+    records = [record for file in files for record in read_sequences(file)]
+    ids, sequences, _ = clean_sequences(records, max_len=10**9, source=str(raw))
     used = set(pairs.id_a) | set(pairs.id_b)
-    have = {q for i, q in zip(ids, seqs) if i in used}
-    keep = []
-    for i, q in zip(ids, seqs):
-        if i in used:
-            keep.append((i, q))
-        elif q not in have:
-            keep.append((i, q))
-            have.add(q)
-    with atomic(folder / "proteins.fasta") as t:
-        t.write_text("".join(f">{i}\n{q}\n" for i, q in keep), encoding="utf-8")
-    with atomic(folder / "pairs.tsv") as t:
-        pairs.to_csv(t, sep="\t", index=False)
-    lost = used - set(ids)
-    return dict(
-        pairs=len(pairs),
-        positives=int(pairs.label.sum()),
-        proteins=len(keep),
-        in_pairs=len(used),
-        without_sequence=len(lost),
-        pairs_without_sequence=int((pairs.id_a.isin(lost) | pairs.id_b.isin(lost)).sum()),
-        twins_left_out=len(ids) - len(keep),
-        splits=pairs.split.value_counts().to_dict(),
+    proteins = _without_twins(ids, sequences, used)
+    with atomic(folder / "proteins.fasta") as tmp:
+        tmp.write_text("".join(f">{id}\n{sequence}\n" for id, sequence in proteins), encoding="utf-8")
+    with atomic(folder / "pairs.tsv") as tmp:
+        pairs.to_csv(tmp, sep="\t", index=False)
+    print(
+        f"{folder}: {len(pairs):,} pairs ({pairs.label.sum():,} positive) of {len(used):,} proteins; "
+        f"{len(proteins):,} sequences; splits {pairs.split.value_counts().to_dict()}"
     )
+    missing = used - set(ids)
+    if missing:
+        affected = int((pairs.id_a.isin(missing) | pairs.id_b.isin(missing)).sum())
+        print(
+            f"{len(missing):,} proteins of {affected:,} pairs have no sequence here; read the table with missing='drop'"
+        )
+    twins = len(ids) - len(proteins)
+    if twins:
+        print(f"{twins:,} proteins that stand in no pair repeat another's sequence and were left out")
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #fa20bf99
-def _plain(name, what):
+# %% ../../nbs/lib/data/12_datasets.ipynb #03920402
+def _check_name(name, kind):
+    "A name becomes part of a path, so it must not lead anywhere else."
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise ProtmaeError(f"{name!r} is no {what}: only letters, digits, '.', '_' and '-' are allowed")
-    return name
+        raise ProtmaeError(f"{name!r} is no {kind}: only letters, digits, '.', '_' and '-' are allowed")
 
 
-def _known_sums(path):
+def _read_checksums(path):
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         raise ProtmaeError(f"{path} is not JSON any more; delete it and fetch again") from None
 
 
-def _get(raw, s, sums, where):
-    "See to it that one raw file is there and right; returns its line for checksums.json."
-    path, known = raw / s.name, s.sha256 or sums.get(s.name, {}).get("sha256")
+def _download_missing(source, path):
+    "Its SHA-256."
+    try:
+        return download(source.url, path, source.sha256)
+    except OSError as e:
+        raise ProtmaeError(f"cannot write {path}: {e.strerror}") from None
+
+
+def _fetch_file(source, path, recorded, checksums_path):
+    "Make sure that one raw file is there and right; its entry for checksums.json."
+    expected = source.sha256 or recorded.get("sha256")
     if path.exists():
         digest = file_sha256(path)
-        Path(f"{path}.part.json").unlink(missing_ok=True)  # a kill between the last two steps of `download`
-        if known and digest != known:
+        Path(f"{path}.part.json").unlink(missing_ok=True)  # left by a kill between the last two steps of `download`
+        if expected and digest != expected:
+            authority = "the registry" if source.sha256 else checksums_path
             raise ProtmaeError(
-                f"{path}: SHA-256 is {digest}, expected {known} ({'the registry' if s.sha256 else where}); delete the file and fetch again"
+                f"{path}: SHA-256 is {digest}, expected {expected} ({authority}); delete the file and fetch again"
             )
     else:
-        try:
-            digest = download(s.url, path, s.sha256)
-        except OSError as e:
-            raise ProtmaeError(f"cannot write {path}: {e.strerror}") from None
-        if known and digest != known:
+        digest = _download_missing(source, path)
+        if expected and digest != expected:
             path.unlink()
             raise ProtmaeError(
-                f"{s.url}: SHA-256 is {digest}, but {where} recorded {known} at the first download: it has changed upstream; to accept the new file delete that entry"
+                f"{source.url}: SHA-256 is {digest}, but {checksums_path} recorded {expected} at the first download: "
+                "it has changed upstream; to accept the new file delete that entry"
             )
-    old = sums.get(s.name, {})
-    return (
-        old
-        if old.get("sha256") == digest
-        else dict(
-            sha256=digest,
-            url=s.url,
-            known="registry" if s.sha256 else "recorded at the first download",
-            time=time.strftime("%Y-%m-%d"),
-        )
-    )
+    if recorded.get("sha256") == digest:
+        return recorded
+    known = "registry" if source.sha256 else "recorded at the first download"
+    return dict(sha256=digest, url=source.url, known=known, time=time.strftime("%Y-%m-%d"))
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #82d1ebd7
+
 def fetch(
-    name,  # a name in the registry
+    name: str,  # a name in the registry
     data_dir="data",  # the set goes into a folder of its own name here
-    registry=REGISTRY,  # name -> `Dataset`
+    registry: dict = REGISTRY,  # name -> `Dataset`
 ) -> Path:  # the set's folder
-    "Download a published set of pairs and write proteins.fasta and pairs.tsv; what is there already is only checked."
+    """Download a published set of pairs and write proteins.fasta and pairs.tsv; what is there already is only checked.
+
+    Raises `ProtmaeError` for files that cannot be had or differ from their checksum.
+    """
     if name not in registry:
         raise ProtmaeError(f"no data set is called {name!r}; expected one of {', '.join(registry)}")
-    d, folder = registry[name], Path(data_dir) / _plain(name, "name of a data set")
-    for s in d.sources:
-        _plain(s.name, "file name")
-    raw, sums_path = folder / "raw", folder / "checksums.json"
+    dataset = registry[name]
+    _check_name(name, "name of a data set")
+    for source in dataset.sources:
+        _check_name(source.name, "file name")
+    folder = Path(data_dir) / name
+    raw, checksums_path = folder / "raw", folder / "checksums.json"
     try:
         raw.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ProtmaeError(f"cannot make the folder {raw}: {e.strerror}; choose another data_dir") from None
     with writer_lock(folder / "fetch"):
-        sums = _known_sums(sums_path)
-        for s in d.sources:
-            new = s.name not in sums and s.sha256 is None
-            sums[s.name] = _get(raw, s, sums, sums_path)
-            write_json(sums_path, sums)
-            if new:
+        checksums = _read_checksums(checksums_path)
+        for source in dataset.sources:
+            is_new = source.name not in checksums and source.sha256 is None
+            entry = _fetch_file(source, raw / source.name, checksums.get(source.name, {}), checksums_path)
+            checksums[source.name] = entry
+            write_json(checksums_path, checksums)
+            if is_new:
                 print(
-                    f"{s.name}: no SHA-256 was known beforehand; {sums[s.name]['sha256'][:16]}... is recorded in {sums_path}"
+                    f"{source.name}: no SHA-256 was known beforehand; {entry['sha256'][:16]}... "
+                    f"is recorded in {checksums_path}"
                 )
-        n = _normalise(folder, d.sources)
-    print(
-        f"{folder}: {n['pairs']:,} pairs ({n['positives']:,} positive) of {n['in_pairs']:,} proteins; {n['proteins']:,} sequences; splits {n['splits']}"
-    )
-    if n["without_sequence"]:
-        print(
-            f"{n['without_sequence']:,} proteins of {n['pairs_without_sequence']:,} pairs have no sequence here; read the table with missing='drop'"
-        )
-    if n["twins_left_out"]:
-        print(f"{n['twins_left_out']:,} proteins that stand in no pair repeat another's sequence and were left out")
-    print(f"licence {d.licence}; cite {d.citation} ({d.home}){chr(10) + d.note if d.note else ''}")
+        _normalise(folder, dataset.sources)
+    print(f"licence {dataset.licence}; cite {dataset.citation} ({dataset.home})")
+    if dataset.note:
+        print(dataset.note)
     return folder

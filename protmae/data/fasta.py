@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['STANDARD', 'NONSTANDARD', 'LETTERS', 'Record', 'record_id', 'read_sequences', 'Cleaning', 'clean_sequences']
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #2371c4da
+# %% ../../nbs/lib/data/00_fasta.ipynb #30fa1b35
 import csv
 import gzip
 import re
 import zlib
 from dataclasses import dataclass, field
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core import MAX_LEN, ProtmaeError
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #b1c97d57
+# %% ../../nbs/lib/data/00_fasta.ipynb #317732d4
 class Record(NamedTuple):
     "One sequence as it stands in a file."
 
@@ -24,17 +25,18 @@ class Record(NamedTuple):
     sequence: str  # letters as found
     line: int  # line of its header, from 1
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #dca881a3
+# %% ../../nbs/lib/data/00_fasta.ipynb #b2faea22
 def record_id(
-    header,  # a FASTA header without its '>'
+    header: str,  # a FASTA header without its '>'
 ) -> str:
     "The accession of `sp|P12345|NAME ...`, else the first word."
     word = header.split(None, 1)[0] if header.strip() else ""
-    m = re.match(r"(?:sp|tr)\|([^|]+)\|", word)
-    return m.group(1) if m else word
+    uniprot = re.match(r"(?:sp|tr)\|([^|]+)\|", word)
+    return uniprot[1] if uniprot else word
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #2877edcf
-def _text(path):
+# %% ../../nbs/lib/data/00_fasta.ipynb #835b8911
+def _read_text(path):
+    "The text of a file, plain or gzipped."
     path = Path(path)
     if path.is_dir():
         raise ProtmaeError(f"{path} is a folder; expected a FASTA file")
@@ -51,76 +53,84 @@ def _text(path):
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        line = raw[: e.start].count(b"\n") + 1
-        raise ProtmaeError(
-            f"{path} line {line}: byte 0x{raw[e.start]:02x} is not UTF-8 text; save the file as UTF-8"
-        ) from None
+        line, byte = raw[: e.start].count(b"\n") + 1, raw[e.start]
+        raise ProtmaeError(f"{path} line {line}: byte 0x{byte:02x} is not UTF-8 text; save the file as UTF-8") from None
     if "\x00" in text:
         raise ProtmaeError(f"{path} holds NUL bytes: this is a binary file, not FASTA")
     return text
 
 
-def _read_table(path, lines, skip):
-    sep = next((s for s in "\t|," if s in lines[skip]), None)
-
-    def row(l, n):
-        try:
-            return [
-                c.strip() for c in (next(csv.reader([l], delimiter=sep)) if '"' in l else l.split(sep))
-            ]  # csv takes no cell of more than 131,072 letters
-        except csv.Error as e:
-            raise ProtmaeError(f"{path} line {n}: {e}; expected cells without quotes, or in one pair of them") from None
-
-    head = [h.lower() for h in row(lines[skip], skip + 1)] if sep else []
-    if "sequence" not in head or len(head) < 2:
+def _split_row(path, number, line, separator):
+    "The cells of a table's line. `csv` is for quotes only: it takes no cell of more than 131,072 letters."
+    try:
+        cells = next(csv.reader([line], delimiter=separator)) if '"' in line else line.split(separator)
+    except csv.Error as e:
         raise ProtmaeError(
-            f"{path} line {skip + 1}: found {lines[skip][:60]!r}; expected a FASTA header starting with '>', "
+            f"{path} line {number}: {e}; expected cells without quotes, or in one pair of them"
+        ) from None
+    return [cell.strip() for cell in cells]
+
+
+def _read_table(path, lines):
+    "Records of a table, from its numbered lines."
+    number, header = next(lines)
+    separator = next((sign for sign in "\t|," if sign in header), None)
+    names = [name.lower() for name in _split_row(path, number, header, separator)] if separator else []
+    if "sequence" not in names or len(names) < 2:
+        raise ProtmaeError(
+            f"{path} line {number}: found {header[:60]!r}; expected a FASTA header starting with '>', "
             "or a table whose header names a 'sequence' column"
         )
-    s = head.index("sequence")
-    i = 0 if s else 1
-    for n, line in enumerate(lines[skip + 1 :], skip + 2):
+    sequence_column = names.index("sequence")
+    id_column = 0 if sequence_column else 1
+    for number, line in lines:
         if not line.strip():
             continue
-        cells = row(line, n)
-        if len(cells) != len(head):
-            raise ProtmaeError(f"{path} line {n}: {len(cells)} columns; expected {len(head)} as in the header")
-        yield Record(cells[i], cells[s], n)
+        cells = _split_row(path, number, line, separator)
+        if len(cells) != len(names):
+            raise ProtmaeError(f"{path} line {number}: {len(cells)} columns; expected {len(names)} as in the header")
+        yield Record(cells[id_column], cells[sequence_column], number)
+
+
+def _read_fasta(lines):
+    "Records of a FASTA file, from its numbered lines."
+    name, begin, parts = None, 0, []
+    for number, line in lines:
+        if line.startswith(">"):
+            if name is not None:
+                yield Record(name, "".join(parts), begin)
+            name, begin, parts = record_id(line[1:]), number, []
+        elif not line.startswith(";"):
+            parts.append("".join(line.split()))
+    yield Record(name, "".join(parts), begin)
+
+
+def _is_blank_or_comment(numbered_line):
+    line = numbered_line[1]
+    return not line.strip() or line.startswith(";")
 
 
 def read_sequences(
     path,  # FASTA, or a table with an id and a `sequence` column; may be gzipped
 ) -> list:  # of `Record`, in file order
-    "Every record of a sequence file, as found."
-    text = _text(path)
-    lines = (
-        text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    )  # and at nothing else: a header may hold any other sign
-    skip = next((n for n, l in enumerate(lines) if l.strip() and not l.startswith(";")), None)
-    first = None if skip is None else lines[skip]
+    "Every record of a sequence file, as found. Raises `ProtmaeError` naming the line."
+    # lines end at line feeds only: a header may hold any other sign
+    text = _read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    lines = dropwhile(_is_blank_or_comment, enumerate(text.split("\n"), 1))
+    first = next(lines, None)
     if first is None:
         raise ProtmaeError(f"{path} is empty; expected FASTA records")
-    if not first.startswith(">"):
-        records = list(_read_table(path, lines, skip))
-    else:
-        records, name, parts, at = [], None, [], 0
-        for n, line in enumerate(lines, 1):
-            if line.startswith(">"):
-                if name is not None:
-                    records.append(Record(name, "".join(parts), at))
-                name, parts, at = record_id(line[1:]), [], n
-            elif not line.startswith(";"):
-                parts.append("".join(line.split()))
-        records.append(Record(name, "".join(parts), at))
-    for r in records:
-        if not r.id:
-            raise ProtmaeError(f"{path} line {r.line}: a record without an id; write one behind '>'")
+    lines = chain([first], lines)
+    records = list(_read_fasta(lines) if first[1].startswith(">") else _read_table(path, lines))
+    for record in records:
+        if not record.id:
+            raise ProtmaeError(f"{path} line {record.line}: a record without an id; write one behind '>'")
     return records
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #78f9fa88
+# %% ../../nbs/lib/data/00_fasta.ipynb #08cd4348
 STANDARD = set("ACDEFGHIKLMNPQRSTVWY")
 NONSTANDARD = set("UOBZXJ")
-LETTERS = {a for s in STANDARD | NONSTANDARD for a in (s, s.lower())} | set("*-.")
+LETTERS = {letter for sign in STANDARD | NONSTANDARD for letter in (sign, sign.lower())} | set("*-.")
 
 
 @dataclass
@@ -145,70 +155,87 @@ class Cleaning:
     def lines(self):
         "The summary, a line each, only what occurred."
         yield f"{self.records:,} records read, {self.kept:,} proteins kept, {self.residues:,} residues"
-        for n, what in (
-            (self.duplicates, "duplicate records left out"),
-            (self.empty, "empty records left out"),
-            (self.lower_case, "proteins upper-cased"),
-            (self.stops_removed, "proteins lost a '*' at the end"),
-            (self.stops_to_x, "'*' inside sequences became X"),
-            (self.gaps_removed, "gap characters removed"),
-            (self.same_sequence, "proteins share their sequence with another id (kept)"),
-        ):
-            if n:
-                yield f"{n:,} {what}"
+        occurred = {
+            "duplicate records left out": self.duplicates,
+            "empty records left out": self.empty,
+            "proteins upper-cased": self.lower_case,
+            "proteins lost a '*' at the end": self.stops_removed,
+            "'*' inside sequences became X": self.stops_to_x,
+            "gap characters removed": self.gaps_removed,
+            "proteins share their sequence with another id (kept)": self.same_sequence,
+        }
+        yield from (f"{count:,} {text}" for text, count in occurred.items() if count)
         if self.nonstandard:
-            yield "non-standard residues: " + ", ".join(f"{k} {v:,}" for k, v in sorted(self.nonstandard.items()))
+            counts = ", ".join(f"{letter} {count:,}" for letter, count in sorted(self.nonstandard.items()))
+            yield f"non-standard residues: {counts}"
         if self.truncated:
-            yield f"{self.truncated:,} proteins longer than {self.max_len:,} kept their first {self.max_len:,} residues ({self.residues_cut:,} residues cut)"
+            yield (
+                f"{self.truncated:,} proteins longer than {self.max_len:,} kept their first {self.max_len:,} residues "
+                f"({self.residues_cut:,} residues cut)"
+            )
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #e54d701f
+# %% ../../nbs/lib/data/00_fasta.ipynb #359e19c0
+def _clean_letters(sequence, cleaning):
+    "Upper case, no gaps, no stop at the end, X for other stops; each counted."
+    cleaning.lower_case += sequence != sequence.upper()
+    gapped = sequence.upper()
+    sequence = gapped.replace("-", "").replace(".", "")
+    cleaning.gaps_removed += len(gapped) - len(sequence)
+    cleaning.stops_removed += sequence.endswith("*")
+    sequence = sequence.rstrip("*")
+    cleaning.stops_to_x += sequence.count("*")
+    return sequence.replace("*", "X")
+
+
+def _truncate(sequence, cleaning):
+    "The first `max_len` residues; what is cut, and what is non-standard in the rest, is counted."
+    cut = max(0, len(sequence) - cleaning.max_len)
+    cleaning.truncated += cut > 0
+    cleaning.residues_cut += cut
+    sequence = sequence[: cleaning.max_len]
+    for letter in set(sequence) & NONSTANDARD:
+        cleaning.nonstandard[letter] = cleaning.nonstandard.get(letter, 0) + sequence.count(letter)
+    return sequence
+
+
 def clean_sequences(
-    records,  # `Record`s
+    records: list,  # of `Record`
     max_len=MAX_LEN,  # residues kept of a long protein
     source="",  # the file's name, for messages
 ) -> tuple:  # ids, sequences, `Cleaning`
-    "Sequences fit to embed, and an account of what was changed. Raises `ProtmaeError` on stray characters and contradicting ids."
-    c, seen, ids, seqs = Cleaning(records=len(records), max_len=max_len), {}, [], []
-    for r in records:
-        s = r.sequence
-        stray = set(s) - LETTERS
+    """Sequences fit to embed, and an account of what was changed.
+
+    Raises `ProtmaeError` on stray characters, on two sequences under one id, and where no protein remains.
+    """
+    cleaning, seen, kept = Cleaning(records=len(records), max_len=max_len), {}, {}
+    for record in records:
+        place = f"{source} line {record.line}:".lstrip()
+        stray = set(record.sequence) - LETTERS
         if stray:
             raise ProtmaeError(
-                f"{source} line {r.line}: {r.id!r} holds {sorted(stray)!r}; expected amino-acid letters; correct or remove the record".lstrip()
+                f"{place} {record.id!r} holds {sorted(stray)!r}; expected amino-acid letters; "
+                "correct or remove the record"
             )
-        if s != s.upper():
-            c.lower_case += 1
-            s = s.upper()
-        n = len(s)
-        s = s.replace("-", "").replace(".", "")
-        c.gaps_removed += n - len(s)
-        if s.endswith("*"):
-            c.stops_removed += 1
-            s = s.rstrip("*")
-        c.stops_to_x += s.count("*")
-        s = s.replace("*", "X")
-        if not s:
-            c.empty += 1
+        sequence = _clean_letters(record.sequence, cleaning)
+        if not sequence:
+            cleaning.empty += 1
             continue
-        if r.id in seen:
-            if seen[r.id][0] != s:
-                raise ProtmaeError(
-                    f"{source} line {r.line}: {r.id!r} stands already at line {seen[r.id][1]} with another sequence; give each protein its own id".lstrip()
-                )
-            c.duplicates += 1
-            continue
-        seen[r.id] = (s, r.line)
-        if len(s) > max_len:
-            c.truncated += 1
-            c.residues_cut += len(s) - max_len
-            s = s[:max_len]
-        for a in set(s) & NONSTANDARD:
-            c.nonstandard[a] = c.nonstandard.get(a, 0) + s.count(a)
-        ids.append(r.id)
-        seqs.append(s)
-    if not ids:
+        before, line = seen.setdefault(record.id, (sequence, record.line))
+        if before != sequence:
+            raise ProtmaeError(
+                f"{place} {record.id!r} stands already at line {line} with another sequence; "
+                "give each protein its own id"
+            )
+        if record.id in kept:
+            cleaning.duplicates += 1
+        else:
+            kept[record.id] = _truncate(sequence, cleaning)
+    if not kept:
         raise ProtmaeError(
-            f"{source} holds no sequence ({c.records} records, {c.empty} empty); expected at least one protein".lstrip()
+            f"{source} holds no sequence ({cleaning.records} records, {cleaning.empty} empty); "
+            "expected at least one protein".lstrip()
         )
-    c.kept, c.residues, c.same_sequence = len(ids), sum(map(len, seqs)), len(seqs) - len(set(seqs))
-    return ids, seqs, c
+    ids, sequences = list(kept), list(kept.values())
+    cleaning.kept, cleaning.residues = len(ids), sum(map(len, sequences))
+    cleaning.same_sequence = len(ids) - len(set(sequences))
+    return ids, sequences, cleaning

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['n_patches', 'patch_bounds', 'patch_means', 'PatchCache']
 
-# %% ../../nbs/lib/data/09_patches.ipynb #f5ce6504
+# %% ../../nbs/lib/data/09_patches.ipynb #dca13150
 from pathlib import Path
 
 import numpy as np
 import torch
-from .row_cache import RowCache
 from torch import Tensor
 
 from ..core import N_PATCHES, PATCH_SIZE, ProtmaeError
+from .row_cache import RowCache
 
-# %% ../../nbs/lib/data/09_patches.ipynb #8ef4dbe5
+# %% ../../nbs/lib/data/09_patches.ipynb #cceed9a0
 def n_patches(
     lengths,  # int, array or tensor of protein lengths
     patching: str = "window",  # or 'adaptive'
@@ -29,7 +29,7 @@ def n_patches(
         return lengths.clip(max=N_PATCHES)
     return min(lengths, N_PATCHES)
 
-# %% ../../nbs/lib/data/09_patches.ipynb #9beb7998
+# %% ../../nbs/lib/data/09_patches.ipynb #326f15af
 def patch_bounds(
     lengths: Tensor,  # (B,) real residues per protein, 1 to 1502
     patching: str = "window",  # or 'adaptive'
@@ -41,7 +41,7 @@ def patch_bounds(
     n = n_patches(L, patching)
     return tuple(torch.where(patch < n, (patch + k) * L // n, L) for k in (0, 1))
 
-# %% ../../nbs/lib/data/09_patches.ipynb #5321b8dd
+# %% ../../nbs/lib/data/09_patches.ipynb #8f8cc1c5
 def patch_means(
     x: Tensor,  # (B, L, D) residue embeddings; rows past `lengths` are ignored
     lengths: Tensor,  # (B,) real residues per protein
@@ -57,7 +57,7 @@ def patch_means(
     sums = x.new_zeros(B * N_PATCHES, D).index_add(0, row, x[real])
     return sums.view(B, N_PATCHES, D) / (ends - starts).clamp(min=1)[..., None]
 
-# %% ../../nbs/lib/data/09_patches.ipynb #f6183796
+# %% ../../nbs/lib/data/09_patches.ipynb #34967529
 class PatchCache:
     "The patch means of every protein of a store, pooled once; reads rows on demand. Raises `ProtmaeError` at NaN."
 
@@ -71,15 +71,14 @@ class PatchCache:
         self.counts = n_patches(store.lengths, patching)
         self.path = Path(path or store.path.with_suffix(f".{patching}-patches.h5"))
         key = dict(fingerprint=store.fingerprint, patching=patching)
-        self.rows = RowCache(self.path, key, self.counts, store.dim, ("patches", "patches_low"))
-        if not self.rows.exists():
-            self.rows.write(self._pooled(), "pool patches")
-        self.rows.open()
+        half = (store.dim, "<f2")
+        self.rows = RowCache(self.path, key, self.counts, dict(patches=half, patches_low=half))
+        self.rows.fill(self._pool, doing="pool patches")
 
-    def _pooled(self):
-        "Patch means of each protein, as float16 and the float16 of what that leaves."
-        for i, length in enumerate(self.store.lengths):
-            bounds = patch_bounds(torch.tensor([length]), self.patching)
+    def _pool(self, proteins):
+        "Yield the patch means of each protein, as float16 and the float16 of what that leaves."
+        for i in proteins:
+            bounds = patch_bounds(torch.tensor([self.store.lengths[i]]), self.patching)
             starts, ends = (bound[0, : self.counts[i]].numpy() for bound in bounds)
             means = np.add.reduceat(self.store[i].astype("f4"), starts) / (ends - starts)[:, None]
             if not np.isfinite(means).all():

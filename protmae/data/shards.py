@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Joined', 'shard_name', 'shard_files', 'shard_ranges']
 
-# %% ../../nbs/lib/data/04_shards.ipynb #feb44393
+# %% ../../nbs/lib/data/04_shards.ipynb #1be73531
 import re
 from pathlib import Path
 
@@ -13,91 +13,101 @@ import numpy as np
 
 from ..core import ProtmaeError, check_number
 
-# %% ../../nbs/lib/data/04_shards.ipynb #e5257070
+# %% ../../nbs/lib/data/04_shards.ipynb #7098062f
 class Joined:
     "The `Rows` of several files as one."
 
-    def __init__(self, parts):
-        self.parts, self.ends = parts, np.cumsum([p.shape[0] for p in parts])
-        self.begins, self.row, self.dtype = np.concatenate([[0], self.ends[:-1]]), parts[0].row, parts[0].dtype
+    def __init__(
+        self,
+        parts: list,  # of `Rows`, in order
+    ):
+        self.parts = parts
+        self.ends = np.cumsum([part.shape[0] for part in parts])
+        self.begins = np.concatenate([[0], self.ends[:-1]])
+        self.row, self.dtype = parts[0].row, parts[0].dtype
         self.shape = (int(self.ends[-1]), *parts[0].shape[1:])
 
-    def read(self, a, b, out=None):
-        "Rows a to b, from the files they lie in."
-        k = min(int(np.searchsorted(self.ends, a, "right")), len(self.parts) - 1)
-        if b <= self.ends[k]:
-            return self.parts[k].read(a - self.begins[k], b - self.begins[k], out)
-        got = [
-            p.read(max(a - s, 0), min(b - s, e - s))
-            for p, s, e in zip(self.parts, self.begins, self.ends)
-            if s < b and e > a
-        ]
-        return np.concatenate(got, out=out)
+    def read(self, begin: int, end: int, out=None) -> np.ndarray:
+        "Rows begin to end, from the files they lie in."
+        first = min(int(np.searchsorted(self.ends, begin, "right")), len(self.parts) - 1)
+        if end <= self.ends[first]:
+            return self.parts[first].read(begin - self.begins[first], end - self.begins[first], out)
+        pieces = []
+        for part, part_begin, part_end in zip(self.parts, self.begins, self.ends, strict=True):
+            if part_begin < end and part_end > begin:
+                pieces.append(part.read(max(begin, part_begin) - part_begin, min(end, part_end) - part_begin))
+        return np.concatenate(pieces, out=out)
 
     def close(self):
-        for p in self.parts:
-            p.close()
+        "Close all files."
+        for part in self.parts:
+            part.close()
 
-# %% ../../nbs/lib/data/04_shards.ipynb #9023256e
+# %% ../../nbs/lib/data/04_shards.ipynb #2b4fb30b
 def shard_name(
     path,  # of the store: mine.h5
-    k,  # which shard, from 0
-    n,  # how many there are
+    k: int,  # which shard, from 0
+    n: int,  # how many there are
 ) -> Path:  # mine-00000-of-00008.h5
     "The file of one shard."
     path = Path(path)
     return path.with_name(f"{path.stem}-{k:05}-of-{n:05}{path.suffix}")
 
-# %% ../../nbs/lib/data/04_shards.ipynb #78d8a290
+# %% ../../nbs/lib/data/04_shards.ipynb #e9910dff
+def _find_shards(name, count):
+    "The shards of a store: (how many there are, which one) -> file. `count` '*': however many there are."
+    pattern = re.compile(re.escape(name.stem) + r"-(\d{5})-of-(\d{5})" + re.escape(name.suffix))
+    files = name.parent.iterdir() if name.parent.is_dir() else ()
+    matches = [(pattern.fullmatch(file.name), file) for file in files]
+    found = {(int(match[2]), int(match[1])): file for match, file in matches if match}
+    return found if count == "*" else {key: file for key, file in found.items() if key[0] == int(count)}
+
+
 def shard_files(
     path,  # mine.h5, or the pattern mine-*-of-00008.h5
 ) -> tuple:  # the store's name, and the list of its files
-    "The files of a store: itself, or its shards in order. A missing one is an error."
+    "The files of a store: itself, or its shards in order. Raises `ProtmaeError` when shards are missing."
     path = Path(path)
-    asked = re.fullmatch(r"(.+)-\*-of-(\d{5}|\*)", path.stem)
-    name = path.with_name(asked[1] + path.suffix) if asked else path
-    shape = re.compile(re.escape(name.stem) + r"-(\d{5})-of-(\d{5})" + re.escape(name.suffix))
-    found = (
-        {
-            (int(m[2]), int(m[1])): f
-            for f in (name.parent.iterdir() if name.parent.is_dir() else ())
-            if (m := shape.fullmatch(f.name))
-        }
-        if asked or not path.exists()
-        else {}
-    )
-    if asked and asked[2] != "*":
-        found = {k: f for k, f in found.items() if k[0] == int(asked[2])}
-    if not found:
-        if asked:
-            raise ProtmaeError(
-                f"there is no file {path}; expected shards such as {shard_name(name, 0, 8).name}; make them with `protmae embed proteins.fasta {name} --shards 8`"
-            )
+    pattern = re.fullmatch(r"(.+)-\*-of-(\d{5}|\*)", path.stem)
+    if path.exists() and not pattern:
         return path, [path]
-    counts = sorted({n for n, _ in found})
+    name = path.with_name(pattern[1] + path.suffix) if pattern else path
+    found = _find_shards(name, pattern[2] if pattern else "*")
+    if not found and pattern:
+        raise ProtmaeError(
+            f"there is no file {path}; expected shards such as {shard_name(name, 0, 8).name}; "
+            f"make them with `protmae embed proteins.fasta {name} --shards 8`"
+        )
+    if not found:
+        return path, [path]
+    counts = sorted({count for count, _ in found})
+    n = counts[0]
     if len(counts) > 1:
         raise ProtmaeError(
-            f"{name.parent} holds shards of {name.name} in {' and in '.join(map(str, counts))} parts; remove those that are out of date, or name one set, such as {name.stem}-*-of-{counts[0]:05}{name.suffix}"
+            f"{name.parent} holds shards of {name.name} in {' and in '.join(map(str, counts))} parts; "
+            f"remove those that are out of date, or name one set, such as {name.stem}-*-of-{n:05}{name.suffix}"
         )
-    lack = [k for k in range(counts[0]) if (counts[0], k) not in found]
-    if lack:
+    missing = [k for k in range(n) if (n, k) not in found]
+    if missing:
         raise ProtmaeError(
-            f"{name}: {len(lack)} of {counts[0]} shards are missing, the first is {shard_name(name, lack[0], counts[0]).name}; make it with `protmae embed ... {name} --shard {lack[0]}/{counts[0]}`, or copy it here"
+            f"{name}: {len(missing)} of {n} shards are missing, the first is {shard_name(name, missing[0], n).name}; "
+            f"make it with `protmae embed ... {name} --shard {missing[0]}/{n}`, or copy it here"
         )
-    return name, [found[counts[0], k] for k in range(counts[0])]
+    return name, [found[n, k] for k in range(n)]
 
-# %% ../../nbs/lib/data/04_shards.ipynb #afe88123
+# %% ../../nbs/lib/data/04_shards.ipynb #627f1ed3
 def shard_ranges(
     lengths,  # residues per protein
-    n,  # shards
+    n: int,  # shards
 ) -> list:  # n pairs (first, behind the last)
     "Contiguous ranges of proteins with like numbers of residues, none empty: a function of the lengths alone."
     lengths = np.asarray(lengths)
     n = check_number("shards", n, 1, len(lengths), integer=True)
-    cut = np.searchsorted(np.cumsum(lengths), lengths.sum() * np.arange(1, n) / n, "right")
+    if n == 1:
+        return [(0, len(lengths))]
     k = np.arange(1, n)
-    cut = (
-        np.clip(np.maximum.accumulate(cut - k) + k, k, len(lengths) - n + k) if n > 1 else cut
-    )  # at least one protein in each
-    cut = [0, *cut.tolist(), len(lengths)]
-    return list(zip(cut[:-1], cut[1:]))
+    cuts = np.searchsorted(np.cumsum(lengths), lengths.sum() * k / n, "right")
+    cuts = np.maximum.accumulate(cuts - k) + k  # at least one protein in each
+    cuts = np.clip(cuts, k, len(lengths) - n + k)
+    edges = [0, *cuts.tolist(), len(lengths)]
+    return list(zip(edges[:-1], edges[1:], strict=True))

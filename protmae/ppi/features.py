@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['encoder_digest', 'EncoderInputs', 'TokenCache', 'WhitenedFeatures']
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #9e3dc849
+# %% ../../nbs/lib/ppi/06_features.ipynb #46fc4b1d
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..models.classifier import token_width
 from ..models.v2 import TransformerMAE
 from ..models.v5 import MAEEncoder
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #f2a16cf1
+# %% ../../nbs/lib/ppi/06_features.ipynb #6e46e948
 def encoder_digest(
     encoder,  # `torch.nn.Module`
     mean,  # (D,) standardisation of its inputs
@@ -37,7 +38,7 @@ def encoder_digest(
         digest.update(np.ascontiguousarray(statistic, "f4"))
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #36ec90ee
+# %% ../../nbs/lib/ppi/06_features.ipynb #08718d73
 class EncoderInputs:
     "Batches of what an encoder reads: residues for V2, patches for the others."
 
@@ -59,7 +60,7 @@ class EncoderInputs:
         batch = {name: value.to(device) for name, value in self.data.__getitems__(indices).items()}
         return model.encode(batch.get("x"), batch["lengths"], batch.get("patches")), batch["lengths"]
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #fe5db8eb
+# %% ../../nbs/lib/ppi/06_features.ipynb #775a1402
 class TokenCache:
     "What one frozen encoder says of every protein of a store."
 
@@ -77,21 +78,18 @@ class TokenCache:
                 "the encoder is not frozen: what it says changes as it trains; use EncoderInputs instead of a cache"
             )
         self._locate(model.encoder, store, mean, std, model.patching, path)
-        self.built = not self.rows.exists()
+        self.built = len(self.rows.missing()) > 0
         if self.built:
-            self.rows.write(self._encoded(model, EncoderInputs(model, store, mean, std), max_tokens), "encode proteins")
-        self.rows.open()
+            inputs = EncoderInputs(model, store, mean, std)
+            self.rows.fill(partial(self._encoded, model, inputs, max_tokens), doing="encode proteins")
 
     @classmethod
     def found(cls, encoder, store, mean, std, patching: str = "window"):
         "The cache of this encoder beside this store if an earlier run has left one, else None."
         cache = cls.__new__(cls)
         cache._locate(encoder, store, mean, std, patching, None)
-        if not cache.rows.exists():
-            return None
         cache.built = False
-        cache.rows.open()
-        return cache
+        return None if len(cache.rows.missing()) else cache
 
     def _locate(self, encoder, store, mean, std, patching, path):
         self.store, self.patching = store, patching
@@ -100,14 +98,15 @@ class TokenCache:
         self.dim = token_width(encoder)
         key = f"{encoder_digest(encoder, mean, std, patching)}-{store.fingerprint}"
         self.path = Path(path or store.path.with_suffix(f".tokens-{key[:12]}.h5"))
-        self.rows = RowCache(self.path, dict(key=key), self.counts, self.dim, ("tokens",))
+        self.rows = RowCache(self.path, dict(key=key), self.counts, dict(tokens=(self.dim, "<f2")))
 
     @torch.no_grad()
-    def _encoded(self, model, inputs, max_tokens):
-        "Position and real rows of every protein."
+    def _encoded(self, model, inputs, max_tokens, proteins):
+        "Position and real rows of each of the proteins."
         was_training = model.training
         model.eval()
-        for batch in token_batches(self.store.lengths.tolist(), max_tokens):
+        for places in token_batches(self.store.lengths[proteins].tolist(), max_tokens):
+            batch = proteins[places].tolist()
             encoded, _ = inputs.encode(model, batch)
             half = encoded.float().cpu().numpy().astype("<f2")
             for i, rows in zip(batch, half, strict=True):
@@ -141,7 +140,7 @@ class TokenCache:
         if self.cls:
             model.white_cls.fit(batches(0, 1), shrink)
 
-# %% ../../nbs/lib/ppi/06_features.ipynb #855646fa
+# %% ../../nbs/lib/ppi/06_features.ipynb #196e4e8d
 class WhitenedFeatures:
     "Features of proteins, whitened once: in memory as float16 where they fit, else whitened batch by batch."
 

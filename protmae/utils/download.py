@@ -5,137 +5,156 @@
 # %% auto #0
 __all__ = ['file_sha256', 'download']
 
-# %% ../../nbs/lib/utils/03_download.ipynb #c70db887
+# %% ../../nbs/lib/utils/03_download.ipynb #13583324
 import hashlib
 import http.client
 import json
 import os
 import re
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 from ..core import ProtmaeError, check_number
 from .progress import Progress
 
-# %% ../../nbs/lib/utils/03_download.ipynb #64eb0e7c
-def _open(url, start, validator):
-    if not re.match(r"https?://[^/]", url):
-        raise ProtmaeError(f"{url!r} is not an http(s) address")
-    head = {"User-Agent": "protmae", "Accept-Encoding": "identity"}
-    if start:
-        head |= {"Range": f"bytes={start}-", "If-Range": validator}
-    return urllib.request.urlopen(urllib.request.Request(url, headers=head), timeout=60)
-
-
-def _receive(url, part):
-    "Append to the file `part` what `url` still has; True when it is whole. Network troubles are raised as they come."
-    note = Path(f"{part}.json")  # the validator of the answer that `part` began with
-    try:
-        known = json.loads(note.read_text()) if part.exists() else {}
-    except (OSError, ValueError):
-        known = {}  # nothing to go on with
-    start = part.stat().st_size if known.get("url") == url and known.get("validator") else 0
-    with _open(url, start, known.get("validator")) as r:
-        going_on = r.status == 206 and (r.headers.get("Content-Range") or "").startswith(f"bytes {start}-")
-        if r.status == 206 and not going_on:
-            raise OSError(f"the server sent {r.headers.get('Content-Range')}, not the bytes from {start} on")
-        if not going_on:
-            start = 0
-        etag = r.headers.get("ETag") or ""
-        length = r.headers.get("Content-Length")
-        total = start + int(length) if length else None
-        with open(part, "ab" if going_on else "wb") as f, Progress(total or 0, part.stem, "bytes", done=start) as p:
-            note.write_text(
-                json.dumps(
-                    dict(
-                        url=url,
-                        validator=etag if etag and not etag.startswith("W/") else r.headers.get("Last-Modified"),
-                    )
-                )
-            )  # after an old beginning has gone: a kill never leaves it under a new validator
-            while block := r.read(1 << 18):
-                f.write(block)
-                p.update(len(block))
-    return total is None or part.stat().st_size == total
-
-# %% ../../nbs/lib/utils/03_download.ipynb #e1ac8313
+# %% ../../nbs/lib/utils/03_download.ipynb #3ee04ab2
 def file_sha256(
     path,  # of a file
 ) -> str:
-    "Its SHA-256, in hex."
-    with open(path, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(f.read()).hexdigest()
-        )
+    "The file's SHA-256, in hex."
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../../nbs/lib/utils/03_download.ipynb #5472cd1f
+# %% ../../nbs/lib/utils/03_download.ipynb #fdb2fb4f
+def _note_of(part):
+    "Beside the file `part`: where its beginning came from, and the validator the server gave for it."
+    return Path(f"{part}.json")
+
+
+def _read_note(part):
+    try:
+        return json.loads(_note_of(part).read_text()) if part.exists() else {}
+    except (OSError, ValueError):
+        return {}  # begin anew
+
+
+def _ask(url, start, validator):
+    "Ask a server for a file from byte `start` on."
+    if not re.match(r"https?://[^/]", url):
+        raise ProtmaeError(f"{url!r} is not an http(s) address")
+    headers = {"User-Agent": "protmae", "Accept-Encoding": "identity"}
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": validator}
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+
+
+def _continues(answer, start):
+    "Whether the server sends the rest of the file; False: it sends all of it."
+    if answer.status != 206:
+        return False
+    sent = answer.headers.get("Content-Range")
+    if not (sent or "").startswith(f"bytes {start}-"):
+        raise OSError(f"the server sent {sent}, not the bytes from {start} on")
+    return True
+
+
+def _validator(answer):
+    "What tells this version of the file from another one."
+    etag = answer.headers.get("ETag") or ""
+    return etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
+
+
+def _receive(url, part):
+    "Append to the file `part` what is missing; True when it is whole. Network errors are raised as they come."
+    note = _read_note(part)
+    start = part.stat().st_size if note.get("url") == url and note.get("validator") else 0
+    with _ask(url, start, note.get("validator")) as answer:
+        continues = _continues(answer, start)
+        start = start if continues else 0
+        length = answer.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with open(part, "ab" if continues else "wb") as file:
+            # an old beginning is gone by now, so a kill never leaves it beside the new validator
+            _note_of(part).write_text(json.dumps(dict(url=url, validator=_validator(answer))))
+            with Progress(total or 0, part.stem, "bytes", done=start) as progress:
+                while block := answer.read(1 << 18):
+                    file.write(block)
+                    progress.update(len(block))
+    return total is None or part.stat().st_size == total
+
+
+def _try_once(url, part, path):
+    "Receive the rest of a file; None when it is whole, else the reason why it is not."
+    try:
+        return None if _receive(url, part) else "the connection was cut"
+    except urllib.error.HTTPError as e:
+        if e.code == 416:
+            part.unlink(missing_ok=True)  # longer than the file it should become
+            return "the rest of the file was refused; beginning anew"
+        if e.code < 500:
+            raise ProtmaeError(
+                f"{url} answered {e.code} {e.reason}; was it moved? "
+                f"Find the file and put it at {path}, then run this again"
+            ) from None
+        return f"the server answered {e.code} {e.reason}"
+    except (OSError, http.client.HTTPException) as e:
+        return getattr(e, "reason", None) or e
+
+
 def _refuse_stand_in(path, url):
-    "A page or a pointer instead of the file."
-    with open(path, "rb") as f:
-        start = f.read(200).lstrip().lower()
-    what = (
-        "a web page"
-        if start.startswith((b"<!doctype", b"<html"))
-        else "a Git LFS pointer"
-        if start.startswith(b"version https://git-lfs")
-        else "nothing (0 bytes)"
-        if not start
-        else None
-    )
-    if what:
+    "Refuse a page or a pointer that was sent instead of the file."
+    with open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+    found = None
+    if not start:
+        found = "nothing (0 bytes)"
+    elif start.startswith((b"<!doctype", b"<html")):
+        found = "a web page"
+    elif start.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer"
+    if found:
         path.unlink()
-        raise ProtmaeError(f"{url} sent {what} instead of the file; download it by hand")
+        raise ProtmaeError(f"{url} sent {found} instead of the file; download it by hand")
 
-# %% ../../nbs/lib/utils/03_download.ipynb #f0ce4343
+
 def download(
-    url,  # http or https
+    url: str,  # http or https
     path,  # where the file shall stand
     sha256=None,  # what its digest must be; None: unknown
     tries=3,  # connections that may break before giving up
 ) -> str:  # its SHA-256
-    "Download one file: resumed, checked, then named. Raises `ProtmaeError`; after a cut connection the same call goes on."
+    "Download one file, check it, then name it. After a `ProtmaeError` for a cut connection the same call goes on."
     path = Path(path)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for f in (part, Path(f"{part}.json")):
-        if f.is_symlink():
-            f.unlink()  # nothing is written through a link that somebody left here
-    for left in range(check_number("tries", tries, 1, integer=True) - 1, -1, -1):
-        try:
-            if _receive(url, part):
-                break
-            why = "the connection was cut"
-        except urllib.error.HTTPError as e:
-            if e.code == 416:
-                part.unlink(missing_ok=True)
-                why = "the rest of the file was refused; beginning anew"  # part longer than the file
-            elif e.code < 500:
-                raise ProtmaeError(
-                    f"{url} answered {e.code} {e.reason}; was it moved? Find the file and put it at {path}, then run this again"
-                ) from None
-            else:
-                why = f"the server answered {e.code} {e.reason}"
-        except (OSError, http.client.HTTPException) as e:
-            why = getattr(e, "reason", None) or e
-        if left:
+    for file in (part, _note_of(part)):
+        if file.is_symlink():
+            file.unlink()  # never write through a link that somebody left here
+    tries = check_number("tries", tries, 1, integer=True)
+    for attempt in range(tries):
+        if attempt:
             time.sleep(1)
+        reason = _try_once(url, part, path)
+        if reason is None:
+            break
     else:
-        got = part.stat().st_size if part.exists() else 0
+        arrived = part.stat().st_size if part.exists() else 0
         raise ProtmaeError(
-            f"{url}: {why}; {got:,} bytes are here; run the same command again to go on, or put the file at {path} by hand"
+            f"{url}: {reason}; {arrived:,} bytes are here; run the same command again to go on, "
+            f"or put the file at {path} by hand"
         )
     _refuse_stand_in(part, url)
     digest = file_sha256(part)
     if sha256 and digest != sha256:
         part.unlink()
         raise ProtmaeError(
-            f"{url}: SHA-256 is {digest}, expected {sha256}; nothing was kept; the file has changed upstream or on its way"
+            f"{url}: SHA-256 is {digest}, expected {sha256}; nothing was kept; "
+            "the file has changed upstream or on its way"
         )
-    with open(part, "rb+") as f:
-        os.fsync(f.fileno())
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(part, path)
-    Path(f"{part}.json").unlink(missing_ok=True)
+    _note_of(part).unlink(missing_ok=True)
     return digest

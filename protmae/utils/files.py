@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clear_leftovers', 'atomic', 'write_json']
 
-# %% ../../nbs/lib/utils/00_files.ipynb #0d8a0f21
+# %% ../../nbs/lib/utils/00_files.ipynb #7aceaa78
 import hashlib
 import json
 import os
@@ -17,17 +17,17 @@ from pathlib import Path
 
 from ..core import ProtmaeError
 
-# %% ../../nbs/lib/utils/00_files.ipynb #93a38201
-def _here():
-    "What process ids are good for: this machine, and this container on it."
+# %% ../../nbs/lib/utils/00_files.ipynb #f559140a
+def _host():
+    "A digest of what process ids are unique in: this machine, and this container on it."
     try:
-        space = os.readlink("/proc/self/ns/pid")
+        namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
-        space = ""
-    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+        namespace = ""
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
 
 
-def _alive(pid):
+def _is_alive(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -40,24 +40,33 @@ def _alive(pid):
 def clear_leftovers(
     path,  # of a file that is written by `atomic`
 ):
-    "Remove the temporary files of writers that were killed: dead ones of this machine, and of others what nobody has touched for a day."
+    """Remove the temporary files of writers that were killed.
+
+    Those are files of processes of this machine that have ended, and files of other machines untouched for a day.
+    """
     path = Path(path)
-    mine = re.compile(rf"\.+{re.escape(path.name)}\.([0-9a-f]{{8}})\.(\d+)\.tmp(\..*\.tmp)?")
-    for f in os.scandir(path.parent):
-        if not (m := mine.fullmatch(f.name)):
+    temporary = re.compile(rf"\.+{re.escape(path.name)}\.([0-9a-f]{{8}})\.(\d+)\.tmp(\..*\.tmp)?")
+    for file in os.scandir(path.parent):
+        match = temporary.fullmatch(file.name)
+        if not match:
             continue
+        host, pid = match[1], int(match[2])
         try:
-            if not _alive(int(m[2])) if m[1] == _here() else time.time() - f.stat().st_mtime > 86400:
-                os.unlink(f.path)
+            abandoned = not _is_alive(pid) if host == _host() else time.time() - file.stat().st_mtime > 86400
+            if abandoned:
+                os.unlink(file.path)
         except OSError:
             pass  # another process was quicker
 
-# %% ../../nbs/lib/utils/00_files.ipynb #845ddbf1
+# %% ../../nbs/lib/utils/00_files.ipynb #72b5e1ba
 @contextmanager
 def atomic(
     path,  # where the file shall stand
-):  # yields the temporary path to write to
-    "Write a file completely, then give it its name; on any error the old file stays and the temporary one goes."
+):
+    """Yield a temporary path to write to, then give the complete file its name.
+
+    On any error the old file stays and the temporary one goes. A full disk or a missing right is a `ProtmaeError`.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,26 +74,27 @@ def atomic(
         raise ProtmaeError(
             f"cannot make the folder {path.parent}: {e.strerror}; choose a folder you may write to"
         ) from e
-    tmp = path.with_name(f".{path.name}.{_here()}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     clear_leftovers(path)
     try:
         yield tmp
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(tmp, path)
     except OSError as e:
-        if e.errno is None or not str(e.filename or tmp).startswith(str(tmp)):
+        about_this_file = str(e.filename or tmp).startswith(str(tmp))
+        if e.errno is None or not about_this_file:
             raise
         raise ProtmaeError(f"cannot write {path}: {e.strerror}; what stood there before is unchanged") from e
     finally:
         tmp.unlink(missing_ok=True)
 
-# %% ../../nbs/lib/utils/00_files.ipynb #520b60b8
+# %% ../../nbs/lib/utils/00_files.ipynb #1f0e66d2
 def write_json(
     path,  # where to
-    obj,  # anything `json` takes; NaN is refused
+    content,  # anything `json` takes; NaN is refused, and what it does not know is written as text
 ):
-    "Write `obj` as indented JSON, atomically."
-    text = json.dumps(obj, indent=1, allow_nan=False, default=str)
+    "Write indented JSON, atomically."
+    text = json.dumps(content, indent=1, allow_nan=False, default=str)
     with atomic(path) as tmp:
         Path(tmp).write_text(text + "\n", encoding="utf-8")

@@ -5,28 +5,29 @@
 # %% auto #0
 __all__ = ['stop_softly']
 
-# %% ../../nbs/lib/utils/04_interrupt.ipynb #86d9d6fb
+# %% ../../nbs/lib/utils/04_interrupt.ipynb #739f12e8
 import os
 import signal
 import threading
 from contextlib import contextmanager
 
-# %% ../../nbs/lib/utils/04_interrupt.ipynb #91f28209
+# %% ../../nbs/lib/utils/04_interrupt.ipynb #7a6cc5c4
 @contextmanager
 def stop_softly():
-    "Ctrl-C sets a flag that is looked at between steps; a second one stops at once."
-    flag = []
+    "Yield a list that Ctrl-C makes non-empty, to be looked at between steps; a second Ctrl-C stops at once."
+    stop = []
     if threading.current_thread() is not threading.main_thread():
-        yield flag
+        yield stop  # only the main thread may handle signals
         return
 
-    def on_signal(sig, frame):
-        if flag and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            raise KeyboardInterrupt  # a launcher passes on the one that the terminal sent already
-        flag.append(sig)
+    def on_signal(signal_number, frame):
+        single_process = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if stop and single_process:  # a launcher passes on the signal that the terminal has sent already
+            raise KeyboardInterrupt
+        stop.append(signal_number)
 
     old = signal.signal(signal.SIGINT, on_signal)
     try:
-        yield flag
+        yield stop
     finally:
         signal.signal(signal.SIGINT, old)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['is_headless', 'format_duration', 'Progress']
 
-# %% ../../nbs/lib/utils/01_progress.ipynb #d6ef760d
+# %% ../../nbs/lib/utils/01_progress.ipynb #899d968f
 import os
 import sys
 import time
 
-# %% ../../nbs/lib/utils/01_progress.ipynb #df83f12e
+# %% ../../nbs/lib/utils/01_progress.ipynb #9b3dc904
 def is_headless() -> bool:
     "True where nobody watches a bar: papermill, tests, a pipe or a file."
     try:
@@ -18,30 +18,35 @@ def is_headless() -> bool:
     except NameError:
         shell = ""
     if shell == "ZMQInteractiveShell":
-        return not any(v in os.environ for v in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
+        return not any(name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
     return not sys.stderr.isatty()
 
-# %% ../../nbs/lib/utils/01_progress.ipynb #46ed4636
-def format_duration(s):
-    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min" if s < 6000 else f"{s / 3600:.1f} h"
+# %% ../../nbs/lib/utils/01_progress.ipynb #1f153e62
+def format_duration(
+    seconds: float,  # how long
+) -> str:
+    "A duration for people: in seconds, minutes or hours."
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
-# %% ../../nbs/lib/utils/01_progress.ipynb #cfaa3ecc
+# %% ../../nbs/lib/utils/01_progress.ipynb #6a198540
 class Progress:
-    "A tqdm bar where somebody watches, else a plain line after `every` seconds or a twentieth of the time so far: done, rate, ETA."
+    "A tqdm bar where somebody watches, else a plain line now and then; lines become rarer in a long job."
 
     def __init__(
         self,
         total,  # how many units there are
         desc="",  # what is being done
         unit="items",  # what is counted
-        done=0,  # how many stand already (a resumed job)
-        every=30.0,  # seconds between plain lines
+        done=0,  # how many are done already (a resumed job)
+        every=30.0,  # least seconds between plain lines; a twentieth of the time so far if that is more
         show=True,  # False: count in silence
     ):
-        self.total, self.desc, self.unit, self.done, self.start, self.every = total, desc, unit, done, done, every
-        self.t0 = self.last = time.perf_counter()
+        self.total, self.desc, self.unit, self.every, self.show = total, desc, unit, every, show
+        self.done = self.done_before = done
+        self.begin = self.last_line = time.perf_counter()
         self.bar = None
-        self.show = show
         if show and not is_headless():
             from tqdm.auto import tqdm
 
@@ -54,16 +59,17 @@ class Progress:
             self.bar.update(n)
             return
         now = time.perf_counter()
-        if self.show and now - self.last >= max(self.every, 0.05 * (now - self.t0)):
-            self.last = now
-            print(self.line(), flush=True)  # ever rarer in a long job
+        if self.show and now - self.last_line >= max(self.every, 0.05 * (now - self.begin)):
+            self.last_line = now
+            print(self.line(), flush=True)
 
     def line(self):
         "Where we are, in words."
-        s = time.perf_counter() - self.t0
-        rate = (self.done - self.start) / max(s, 1e-9)
-        eta = format_duration((self.total - self.done) / rate) if rate > 0 else "?"
-        return f"{self.desc}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.{0 if rate > 10 else 2}f} {self.unit}/s, ETA {eta}"
+        seconds = time.perf_counter() - self.begin
+        rate = (self.done - self.done_before) / max(seconds, 1e-9)
+        left = format_duration((self.total - self.done) / rate) if rate > 0 else "?"
+        speed = f"{rate:,.0f}" if rate > 10 else f"{rate:,.2f}"
+        return f"{self.desc}: {self.done:,}/{self.total:,} {self.unit}, {speed} {self.unit}/s, ETA {left}"
 
     def __enter__(self):
         return self
