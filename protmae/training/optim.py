@@ -41,13 +41,13 @@ def warmup_cosine(
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
-# %% ../../nbs/lib/training/03_optim.ipynb #d00249bd
+# %% ../../nbs/lib/training/03_optim.ipynb #692f72b8
 class Schedule:
     "The factor on the learning rate at each step, over one or two phases."
 
     def __init__(
         self,
-        steps_per_epoch: int,
+        steps_per_epoch: int,  # of the optimiser
         epochs: int,  # of the whole run
         warmup_epochs: float,  # of each phase
         first_epochs: int = 0,  # of the first phase; 0: there is one phase
