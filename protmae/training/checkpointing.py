@@ -48,7 +48,7 @@ class EpochRecord(TypedDict, total=False):
     val_auroc: float
     pairs_per_s: float
 
-# %% ../../nbs/lib/training/04_checkpointing.ipynb #bff685b6
+# %% ../../nbs/lib/training/04_checkpointing.ipynb #9ef89083
 def _is_log_row(row, epoch):
     "Whether this is a row of numbers about that epoch."
     return (
@@ -71,7 +71,7 @@ class Position:
     sums: list = field(default_factory=lambda: [0.0, 0])  # of the present epoch: losses times values, values
 
     def as_saved(self) -> dict:
-        "As it stands in a state file; one field has another name there."
+        "The fields as a state file has them; one has an older name there."
         saved = dict(vars(self))
         saved["stale"] = saved.pop("epochs_without_improvement")
         return saved
@@ -98,7 +98,7 @@ class Position:
         if len(self.history) != self.epoch or not numbers:
             raise ValueError("its log does not have a row of numbers for each epoch")
 
-# %% ../../nbs/lib/training/04_checkpointing.ipynb #8c58c865
+# %% ../../nbs/lib/training/04_checkpointing.ipynb #c7d6199b
 class RunFolder:
     "The folder of one run."
 
@@ -139,7 +139,7 @@ class RunFolder:
             write_json(path, earlier | dict(resumed=[*earlier.get("resumed", []), provenance()]))
 
     def write_log(self, history: list):
-        "All epochs so far, one JSON line each; written whole, so no epoch is missing or stands twice."
+        "All epochs so far, one JSON line each; written whole, so no epoch is missing or there twice."
         with atomic(self.path / "log.jsonl") as tmp:
             Path(tmp).write_text("".join(json.dumps(row) + "\n" for row in history))
 
@@ -189,7 +189,7 @@ class RunFolder:
             rest = torch.load(self.state / "state.pt", map_location="cpu", weights_only=True)
         return load_file(self.state / "model.safetensors"), rest
 
-# %% ../../nbs/lib/training/04_checkpointing.ipynb #3aec49ba
+# %% ../../nbs/lib/training/04_checkpointing.ipynb #c57dc275
 def changed_settings(
     earlier: dict,  # settings of a run, some of them dicts
     now: dict,  # the same names
@@ -197,10 +197,15 @@ def changed_settings(
     "What differs between two runs' settings."
 
     def flat(settings):
-        nested = {f"{k}.{j}": u for k, v in settings.items() if isinstance(v, dict) for j, u in v.items()}
-        return nested | {k: v for k, v in settings.items() if not isinstance(v, dict)}
+        plain = {}
+        for name, value in json.loads(json.dumps(settings)).items():
+            if isinstance(value, dict):
+                plain |= {f"{name}.{key}": inner for key, inner in value.items()}
+            else:
+                plain[name] = value
+        return plain
 
-    old, new = (json.loads(json.dumps(flat(settings))) for settings in (earlier, now))
+    old, new = flat(earlier), flat(now)
     names = sorted(old.keys() | new.keys())
     return [
         f"{name.removeprefix('config.')}: {old.get(name)!r}, now {new.get(name)!r}"
@@ -208,7 +213,7 @@ def changed_settings(
         if old.get(name) != new.get(name)
     ]
 
-# %% ../../nbs/lib/training/04_checkpointing.ipynb #3f4e6170
+# %% ../../nbs/lib/training/04_checkpointing.ipynb #5a11fb43
 def _same_group(one, other):
     "Whether two parameter groups have the same weights, and settings of the same types."
     return (
@@ -220,14 +225,14 @@ def _same_group(one, other):
 
 def check_optimizer_state(
     state: dict,  # read from a file
-    optimizer,  # `torch.optim.AdamW` that shall take it up
+    optimizer,  # `torch.optim.AdamW` that is going to load it
 ):
     "Raise `ValueError` unless the state fits the optimiser's groups and weights, and is finite."
     mine = optimizer.state_dict()
     groups = state["param_groups"]
     if len(groups) != len(mine["param_groups"]) or not all(map(_same_group, groups, mine["param_groups"])):
         raise ValueError("its optimiser has other groups")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, moments in state["state"].items():
         fits = moments.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(
             torch.isfinite(value).all() and (name == "step" or value.shape == parameters[i].shape)

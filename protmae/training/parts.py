@@ -35,7 +35,7 @@ class RankSubset(Dataset):
         mine = indices[self.process :: self.processes]
         return self.data.__getitems__(mine or indices[:1]) | dict(own=bool(mine))
 
-# %% ../../nbs/lib/training/05_parts.ipynb #1e10032f
+# %% ../../nbs/lib/training/05_parts.ipynb #cfcfc4e3
 def make_loader(
     acc,  # accelerate's `Accelerator`
     data,  # a dataset with `__getitems__`
@@ -46,20 +46,20 @@ def make_loader(
     if acc.num_processes > 1:
         data = RankSubset(data, acc.process_index, acc.num_processes)
     batches = DataLoader(data, batch_sampler=sampler, collate_fn=lambda batch: batch, pin_memory=pin)
-    return prepare_data_loader(  # told that there is one process: the batches are shared out already
+    return prepare_data_loader(  # as if there were one process: the batches are shared out already
         batches, acc.device, num_processes=1, process_index=0, put_on_device=True
     )
 
-# %% ../../nbs/lib/training/05_parts.ipynb #246239cf
+# %% ../../nbs/lib/training/05_parts.ipynb #16653acd
 def weighted_loss(
     acc,  # accelerate's `Accelerator`
     terms,  # pairs (mean, of how many values)
-    own: bool = True,  # False: computed for nothing, see `RankSubset`
-) -> tuple:  # loss whose mean over processes is that of the whole batch, and how many values this process stands for
+    counted: bool = True,  # False: computed for nothing, see `RankSubset`
+) -> tuple:  # loss whose mean over processes is that of the whole batch, and how many values are its share
     "Weigh this process's terms by its share of all values: means of unequal parts do not average to the whole's."
     if acc.num_processes == 1:
         return sum(mean for mean, _ in terms), terms[0][1]
-    counts = torch.tensor([float(count) * own for _, count in terms], dtype=torch.float64, device=acc.device)
+    counts = torch.tensor([float(count) * counted for _, count in terms], dtype=torch.float64, device=acc.device)
     totals = acc.reduce(counts, "sum")
     weights = (counts * acc.num_processes / totals.clamp(min=1)).to(terms[0][0].dtype)
     loss = sum(mean * weight for (mean, _), weight in zip(terms, weights, strict=True))
@@ -86,7 +86,7 @@ class StepLoss(NamedTuple):
         "Indices of the batches at fault: this one if its loss is no number, else all whose gradients were added up."
         return self.shared if math.isfinite(self.loss) else [self.shared[self.place]]
 
-# %% ../../nbs/lib/training/05_parts.ipynb #ee419d97
+# %% ../../nbs/lib/training/05_parts.ipynb #b6afd7a3
 class PendingLosses:
     "Losses and gradient norms that were computed and not read yet."
 
@@ -112,6 +112,8 @@ class PendingLosses:
             return []
         steps, self.steps = self.steps, []
         device = steps[0].loss.device
-        rows = [torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in s[:3]]) for s in steps]
+        rows = [
+            torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in step[:3]]) for step in steps
+        ]
         numbers = torch.stack(rows).tolist()
         return [StepLoss(*row, *step[3:]) for row, step in zip(numbers, steps, strict=True)]

@@ -23,7 +23,7 @@ from .parts import PendingLosses, make_loader, weighted_loss
 from ..utils.interrupt import stop_softly
 from ..utils.progress import Progress, format_duration, is_headless
 
-# %% ../../nbs/lib/training/06_trainer.ipynb #d854b373
+# %% ../../nbs/lib/training/06_trainer.ipynb #f2522bda
 class Trainer:
     """One training run in one folder.
 
@@ -64,8 +64,8 @@ class Trainer:
         sampler,  # `EpochSampler` of the training data
         val_sampler,  # of the validation data
     ):
-        "Give everything to accelerate, and take up an earlier state."
-        self.n_params = sum(p.numel() for p in model.parameters())
+        "Give everything to accelerate, and load the folder's state if there is one."
+        self.n_params = sum(parameter.numel() for parameter in model.parameters())
         self.sampler = sampler
         optimizer = optimizer_for(model, self.config.lr, self.config.weight_decay)
         self.model, self.opt = self.acc.prepare(model, optimizer)
@@ -120,7 +120,7 @@ class Trainer:
         "Train to the end (or until early stopping), from wherever the run stands."
         if self.finished:
             self.remove_lock_of_killed()
-            self.say(f"This run is finished: {self.summary()}")
+            self.print_once(f"This run is finished: {self.summary()}")
             return self.history
         self.announce()
         with self.run_lock(), stop_softly() as stop, self.progress() as bar:
@@ -130,7 +130,7 @@ class Trainer:
                 self.finish_epoch()
                 if self.any_rank(stop)[0]:
                     self.interrupt()
-        self.say(f"done; the best weights are in {self.out / 'best.safetensors'}")
+        self.print_once(f"done; the best weights are in {self.out / 'best.safetensors'}")
         return self.history
 
     def train_epoch(self, stop, bar):
@@ -235,9 +235,9 @@ class Trainer:
 
     # ---- agreement between processes
 
-    def weighted_loss(self, terms, own: bool = True) -> tuple:
+    def weighted_loss(self, terms, counted: bool = True) -> tuple:
         "Loss and number of values of pairs (mean, of how many values), weighed by this process's share."
-        return weighted_loss(self.acc, terms, own)
+        return weighted_loss(self.acc, terms, counted)
 
     def any_rank(self, *wishes) -> list:
         "For each wish whether any process has it. Several processes ask each other at every eighth step."
@@ -305,7 +305,7 @@ class Trainer:
             self.folder.save_state(weights, rest)
 
     def load_state(self) -> bool:  # whether there was one
-        "Take up the state of the folder."
+        "Load the state of the folder."
         if self.acc.is_main_process:
             self.folder.recover()
         self.acc.wait_for_everyone()
@@ -335,8 +335,8 @@ class Trainer:
 
     # ---- what is printed
 
-    def say(self, text):
-        "Print, once for all processes."
+    def print_once(self, text):
+        "Print in one of the processes."
         if self.acc.is_main_process:
             print(text, flush=True)
 
@@ -348,9 +348,9 @@ class Trainer:
             text += f", {processes} processes{' (FSDP)' if self.is_fsdp else ''}"
         if self.resumed:
             text += f"; going on at epoch {self.epoch + 1}, batch {self.step + 1}"
-        self.say(text)
+        self.print_once(text)
         for warmup, steps in self.schedule.shortened:
-            self.say(
+            self.print_once(
                 f"a warm-up of {self.config.warmup_epochs:g} epochs is too long for {self.config.epochs}: "
                 f"shortened to a tenth, {warmup} of {steps} steps"
             )
@@ -373,11 +373,11 @@ class Trainer:
             return
         recent = [past["seconds"] + past["val_seconds"] for past in self.history[-5:]]
         eta = format_duration((epochs - epoch) * np.mean(recent))
-        self.say(f"epoch {epoch}/{epochs}  train {row['train_loss']:.4f}  {self.line(row)}  ETA {eta}")
+        self.print_once(f"epoch {epoch}/{epochs}  train {row['train_loss']:.4f}  {self.line(row)}  ETA {eta}")
 
     def interrupt(self):
         "Stop: the state is saved already."
-        self.say(
+        self.print_once(
             f"interrupted in epoch {self.epoch + 1} after {self.step} batches; saved in {self.out}; "
             "run it again with resume=True to go on"
         )
