@@ -27,6 +27,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},
+    package_data={"protmae.viz": ["templates/report/*"]},
     include_package_data=True,
     zip_safe=False,
 )
