@@ -27,11 +27,6 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},
-<<<<<<< HEAD
     package_data={"protmae.data": ["*.toml"], "protmae.viz": ["templates/*/*"]},
-=======
-    package_data={"protmae.viz": ["templates/report/*"]},
-    include_package_data=True,
->>>>>>> refs/heads/reports
     zip_safe=False,
 )
