@@ -1,7 +1,12 @@
-"""A real browser on real pages: JupyterLab runs 01_explore_masking and its slider is moved, and 06_umap, where points are chosen; HTML pages open with the network cut.
+"""A real browser on real pages.
 
-python .ci/browser.py CHECKOUT [WORD ...]    (it runs notebooks there, so .ci/test.py gives it a copy; with words: only tests whose names hold them all)
-Prints a line per test; exit status 1 if one failed, 75 if there is no browser to test with."""
+python .ci/browser.py CHECKOUT [WORD ...]    notebooks are run there, so .ci/test.py gives it a copy;
+                                             with words: only tests whose names hold them all
+
+JupyterLab runs 01_explore_masking, where a slider is moved, and 06_umap, where points are chosen. Pages made from
+notebooks open with the network cut, on a wide screen and on a phone. Prints a line per test; exit status 1 if one
+failed, 75 if there is no browser to test with. BROWSER_SHOTS=FOLDER keeps screenshots.
+"""
 
 import os
 import secrets
@@ -12,33 +17,28 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
-root = Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve()
-nbs = root / "nbs"
-bin, keep = Path(sys.executable).parent, os.environ.get("BROWSER_SHOTS")  # a folder to keep screenshots in
-PATHS = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve()
+NBS = ROOT / "nbs"
+BIN = Path(sys.executable).parent
+SHOTS = os.environ.get("BROWSER_SHOTS")
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENV = os.environ | dict(PYTHONPATH=PATHS, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+INSTALL = (["apt-get", "update", "-q"], ["apt-get", "install", "-yq", "--no-install-recommends", "chromium"])
+FLAGS = [
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-background-networking",
+]
 
 
 def skip(why):
     print(f"SKIPPED the browser tests: {why}")
     sys.exit(75)
-
-
-def browser():
-    "Path of a Chromium; in CI it is installed where that is possible."
-    find = lambda: next((p for n in NAMES if (p := shutil.which(n))), None)
-    if find() or os.environ.get("BROWSER_INSTALL") != "1":
-        return find() or skip(f"no {' or '.join(NAMES[:3])} on this machine (Debian: apt-get install chromium)")
-    if os.geteuid() or not shutil.which("apt-get"):
-        skip("no Chromium on this machine, and it takes root and apt-get to install one")
-    for c in (["apt-get", "update", "-q"], ["apt-get", "install", "-yq", "--no-install-recommends", "chromium"]):
-        r = subprocess.run(c, capture_output=True, text=True, env=os.environ | dict(DEBIAN_FRONTEND="noninteractive"))
-        if r.returncode:
-            skip(f"{' '.join(c)} failed: {(r.stderr or r.stdout).strip().splitlines()[-1:]}")
-    return find() or skip("apt-get installed chromium, but none is found")
 
 
 try:
@@ -47,418 +47,317 @@ except ImportError:
     skip("the Python package playwright is missing (pip install playwright)")
 
 
+def installed_browser():
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def find_browser():
+    "Path of a Chromium; with BROWSER_INSTALL=1 it is installed where that is possible."
+    found = installed_browser()
+    if found:
+        return found
+    if os.environ.get("BROWSER_INSTALL") != "1":
+        skip(f"no {' or '.join(NAMES[:3])} on this machine (Debian: apt-get install chromium)")
+    if os.geteuid() or not shutil.which("apt-get"):
+        skip("no Chromium on this machine, and it takes root and apt-get to install one")
+    for command in INSTALL:
+        quiet = os.environ | dict(DEBIAN_FRONTEND="noninteractive")
+        ran = subprocess.run(command, capture_output=True, text=True, env=quiet)
+        if ran.returncode:
+            skip(f"{' '.join(command)} failed: {(ran.stderr or ran.stdout).strip().splitlines()[-1:]}")
+    return installed_browser() or skip("apt-get installed chromium, but none is found")
+
+
 def until(what, test, seconds=60):
     "Wait for `test()` to be true."
     end = time.monotonic() + seconds
-    while not (got := test()):
+    while not (value := test()):
         if time.monotonic() > end:
             raise AssertionError(f"waited {seconds} s for {what}")
         time.sleep(0.2)
-    return got
+    return value
+
+
+def shot(page, name):
+    if SHOTS:
+        Path(SHOTS).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+
+
+# ---- what is drawn
+
+DRAWN = """() => [...document.querySelectorAll('.js-plotly-plot')].map(g => {
+  const box = g.getBoundingClientRect(), svg = g.querySelector('.main-svg')?.getBoundingClientRect();
+  const ink = c => {
+    if (!c.width || !c.height) return 0;
+    const d = document.createElement('canvas');
+    d.width = c.width; d.height = c.height;
+    const x = d.getContext('2d');
+    x.drawImage(c, 0, 0);
+    return x.getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 3 && v > 0).length;
+  };
+  return {
+    width: box.width, height: box.height,
+    svg: !!svg && svg.width > 100 && svg.height > 100,
+    gl: g.data.some(t => t.type == 'scattergl'),
+    marks: g.querySelectorAll('.heatmaplayer image, .scatterlayer path, .barlayer path, .histogram path').length,
+    ink: [...g.querySelectorAll('canvas')].reduce((s, c) => s + ink(c), 0),
+  };
+})"""
+
+
+def check_drawn(page, where):
+    "Every plot has a size and something in it; returns how many there are."
+    figures = page.evaluate(DRAWN)
+    assert figures, f"{where}: no plot"
+    for k, figure in enumerate(figures, 1):
+        large = figure["svg"] and figure["width"] > 100 and figure["height"] > 100
+        filled = figure["ink"] > 50 if figure["gl"] else figure["marks"] > 0
+        assert large and filled, f"{where}: plot {k} is not drawn: {figure}"
+    return len(figures)
 
 
 # ---- JupyterLab
 
 
-def lab(tmp):
-    "JupyterLab on 127.0.0.1, with settings of its own; returns the process and its address."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    token, settings = secrets.token_hex(16), tmp / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text(
-        '{"windowingMode": "none"}'
-    )  # every cell in the page, seen or not
-    (other := tmp / "settings" / "@jupyterlab" / "apputils-extension").mkdir()
-    (other / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
-    env = os.environ | dict(
-        JUPYTER_TOKEN=token,
-        JUPYTERLAB_SETTINGS_DIR=str(tmp / "settings"),
-        JUPYTERLAB_WORKSPACES_DIR=str(tmp / "ws"),
-        JUPYTER_CONFIG_DIR=str(tmp / "config"),
-        JUPYTER_RUNTIME_DIR=str(tmp / "run"),
-        PYTHONPATH=PATHS,
-        PATH=f"{bin}:{os.environ['PATH']}",
-    )
+def write_setting(folder, extension, name, text):
+    (folder / "@jupyterlab" / extension).mkdir(parents=True, exist_ok=True)
+    (folder / "@jupyterlab" / extension / f"{name}.jupyterlab-settings").write_text(text)
+
+
+def start_lab(folder):
+    "JupyterLab on 127.0.0.1, with settings of its own; returns the process, its address and its token."
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = folder / "settings"
+    write_setting(settings, "notebook-extension", "tracker", '{"windowingMode": "none"}')  # every cell in the page
+    write_setting(settings, "apputils-extension", "notification", '{"fetchNews": "false"}')
+    token = secrets.token_hex(16)
+    env = ENV | dict(JUPYTER_TOKEN=token, JUPYTERLAB_SETTINGS_DIR=str(settings))
+    for name, place in dict(
+        JUPYTERLAB_WORKSPACES_DIR="ws", JUPYTER_CONFIG_DIR="config", JUPYTER_RUNTIME_DIR="run"
+    ).items():
+        env[name] = str(folder / place)
     env.pop("IN_TEST", None)
-    log = open(tmp / "lab.log", "w")
-    p = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "jupyterlab",
-            "--no-browser",
-            "--allow-root",
-            "--ServerApp.ip=127.0.0.1",
-            f"--ServerApp.port={port}",
-            "--ServerApp.port_retries=0",
-            f"--ServerApp.root_dir={nbs}",
-        ],
-        env=env,
-        stdout=log,
-        stderr=log,
-    )
+    log = open(folder / "lab.log", "w")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={NBS}"]
+    process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
     def up():
-        if p.poll() is not None:
-            raise AssertionError(f"JupyterLab ended: {(tmp / 'lab.log').read_text()[-2000:]}")
-        with socket.socket() as s:
-            return s.connect_ex(("127.0.0.1", port)) == 0
+        if process.poll() is not None:
+            raise AssertionError(f"JupyterLab ended: {(folder / 'lab.log').read_text()[-2000:]}")
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
 
     until("JupyterLab", up)
-    return p, f"http://127.0.0.1:{port}", token
+    return process, f"http://127.0.0.1:{port}", token
 
 
-DRAWN = """() => [...document.querySelectorAll('.js-plotly-plot')].map(g => {
-  const box = g.getBoundingClientRect(), svg = g.querySelector('.main-svg')?.getBoundingClientRect();
-  const ink = c => { const d = document.createElement('canvas'); d.width = c.width; d.height = c.height; if (!c.width || !c.height) return 0;
-    const x = d.getContext('2d'); x.drawImage(c, 0, 0); return x.getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 3 && v > 0).length; };
-  return {width: box.width, height: box.height, svg: !!svg && svg.width > 100 && svg.height > 100, gl: g.data.some(t => t.type == 'scattergl'),
-    marks: g.querySelectorAll('.heatmaplayer image, .scatterlayer path, .barlayer path, .histogram path').length, ink: [...g.querySelectorAll('canvas')].reduce((s, c) => s + ink(c), 0)}; })"""
+def run_all_cells(page):
+    "Ask for it; asked too early, JupyterLab does nothing, or asks which kernel."
+    question = page.locator(".jp-Dialog .jp-mod-accept")
+    if question.count():
+        question.first.click()
+        time.sleep(2)
+    page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+    page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+    time.sleep(5)
+    prompts = page.locator(".jp-InputPrompt").all_inner_texts()
+    return any(prompt.strip() not in ("", "[ ]:") for prompt in prompts)
 
 
-def check_drawn(page, where):
-    "Every plot of a page has a size and something drawn in it."
-    got = page.evaluate(DRAWN)
-    assert got, f"{where}: no plot"
-    for k, g in enumerate(got):
-        assert g["svg"] and g["width"] > 100 and g["height"] > 100 and (g["ink"] > 50 if g["gl"] else g["marks"] > 0), (
-            f"{where}: plot {k + 1} is not drawn: {g}"
-        )
-    return len(got)
-
-
-def shot(page, name):
-    if keep:
-        Path(keep).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=str(Path(keep) / f"{name}.png"))
+def errors_in(page):
+    "Texts of errors in a notebook's outputs."
+    bad = ("Error displaying widget", "Error creating widget", "not JSON compliant", "Traceback")
+    outputs = page.locator(".jp-OutputArea-output").all_inner_texts()
+    errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+    return errors + [text for text in outputs if any(word in text for word in bad)]
 
 
 @contextmanager
-def notebook(b, tmp, name, ready):
-    "A notebook in JupyterLab, all of it run; yields its page and what gives its errors once `ready(page)` is true."
-    (tmp := tmp / name).mkdir()
-    server, url, token = lab(tmp)
-    page = None
+def notebook(browser, folder, name, ready):
+    "A notebook in JupyterLab, all of it run; yields its page once `ready(page)` is true."
+    folder = folder / name
+    folder.mkdir()
+    server, url, token = start_lab(folder)
+    page = browser.new_page(viewport=dict(width=1400, height=1500))
+
+    def done():
+        errors = errors_in(page)
+        assert not errors, f"error in the notebook: {errors[0][-1500:]}"
+        return ready(page)
+
     try:
-        page = b.new_page(viewport=dict(width=1400, height=1500))
         page.goto(f"{url}/lab/tree/{name}.ipynb?reset&token={token}")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
         until("the kernel", lambda: "| Idle" in page.locator("#jp-main-statusbar").inner_text(), 120)
         time.sleep(2)
-
-        def started():  # asked too early, JupyterLab does nothing, or asks which kernel
-            if (ask := page.locator(".jp-Dialog .jp-mod-accept")).count():
-                ask.first.click()
-                time.sleep(2)
-            page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
-            page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
-            time.sleep(5)
-            return any(p.strip() not in ("", "[ ]:") for p in page.locator(".jp-InputPrompt").all_inner_texts())
-
-        until("the first cell", started, 120)
-        errors = lambda: (
-            page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
-            + [
-                t
-                for t in page.locator(".jp-OutputArea-output").all_inner_texts()
-                if any(
-                    w in t
-                    for w in ("Error displaying widget", "Error creating widget", "not JSON compliant", "Traceback")
-                )
-            ]
-        )
-
-        def done():
-            assert not errors(), f"error in the notebook: {errors()[0][-1500:]}"
-            return ready(page)
-
-        try:
-            until(f"{name} to run", done, 600)
-        except AssertionError as e:
-            raise AssertionError(
-                f"{e}; cells: {' '.join(page.locator('.jp-InputPrompt').all_inner_texts())}; last output: {''.join(page.locator('.jp-OutputArea-output').all_inner_texts()[-1:])[-500:]}"
-            ) from None
-        yield page, errors
-        assert not errors(), errors()[0][-1500:]
-        page.close()
+        until("the first cell", lambda: run_all_cells(page), 120)
+        until(f"{name} to run", done, 600)
+        yield page
+        assert not errors_in(page), errors_in(page)[0][-1500:]
     except Exception:
-        shot(page, f"{name}_failed") if page else None
+        shot(page, f"{name}_failed")
         raise
     finally:
+        page.close()
         server.terminate()
         server.wait(30)
 
 
-def explore(b, tmp):
+def explore_in_lab(browser, folder):
     "01_explore_masking in JupyterLab: run all, no error, move the slider, the figure changes."
-    with notebook(
-        b,
-        tmp,
-        "01_explore_masking",
-        lambda page: (
-            page.locator(".widget-slider .noUi-handle").count()
-            and page.locator(".jupyter-widgets .js-plotly-plot .gtitle").count()
-        ),
-    ) as (page, errors):
-        n = check_drawn(page, "01_explore_masking")
-        assert n >= 5, f"{n} figures, expected 2 static ones for each of two models, and the one with sliders"
-        fig = page.locator(".jupyter-widgets .js-plotly-plot").last
-        fig.scroll_into_view_if_needed()
-        state = lambda: (
-            fig.locator(".gtitle").text_content(),
-            fig.locator(".heatmaplayer image").evaluate_all(
-                'xs => xs.map(x => x.getAttribute("href") || x.getAttribute("xlink:href")).join()'
-            ),
-        )
+
+    def ready(page):
+        slider = page.locator(".widget-slider .noUi-handle").count()
+        return slider and page.locator(".jupyter-widgets .js-plotly-plot .gtitle").count()
+
+    with notebook(browser, folder, "01_explore_masking", ready) as page:
+        count = check_drawn(page, "01_explore_masking")
+        assert count >= 5, f"{count} figures, expected 2 static ones for each of two models, and the one with sliders"
+        figure = page.locator(".jupyter-widgets .js-plotly-plot").last
+        figure.scroll_into_view_if_needed()
+
+        def state():
+            images = "xs => xs.map(x => x.getAttribute('href') || x.getAttribute('xlink:href')).join()"
+            title = figure.locator(".gtitle").text_content()
+            return title, figure.locator(".heatmaplayer image").evaluate_all(images)
+
         before = state()
         shot(page, "explore_before")
         page.locator(".widget-slider .noUi-handle").first.focus()
         for _ in range(4):
             page.keyboard.press("ArrowLeft")
-        until("the figure to change with the slider", lambda: state()[0] != before[0] and state()[1] != before[1], 60)
+        until("the figure to change", lambda: state()[0] != before[0] and state()[1] != before[1])
         time.sleep(1)
         shot(page, "explore_after")
         check_drawn(page, "01_explore_masking, slider moved")
 
 
-def lasso(page, box, spots):
-    "Drag through spots of a box, each a share of its width and height."
-    at = [(box["x"] + u * box["width"], box["y"] + v * box["height"]) for u, v in spots]
-    page.mouse.move(*at[0])
-    page.mouse.down()
-    for x, y in at[1:]:
-        page.mouse.move(x, y, steps=6)
-    page.mouse.up()
+SELECTED = "g => g.data.map(t => t.selectedpoints ? [...t.selectedpoints].sort((a, b) => a - b).join() : null)"
 
 
-def choose(page, frame, name):
-    "In each map in turn: what lies within a rectangle of it is chosen in all maps and listed; a double click lets go."
-    fig = frame.locator("#maps")
-    chosen = lambda: fig.evaluate(
-        "g => g.data.map(t => t.selectedpoints ? [...t.selectedpoints].sort((a, b) => a - b).join() : null)"
-    )
-    inside = lambda k, at: fig.evaluate(
-        """(g, [k, u0, v0, u1, v1]) => { const t = g._fullData[k], n = k ? k + 1 : '', X = g._fullLayout['xaxis' + n], Y = g._fullLayout['yaxis' + n];
-        return [...t.x.keys()].filter(i => { const u = X.d2p(t.x[i])/X._length, v = Y.d2p(t.y[i])/Y._length; return u > u0 && u < u1 && v > v0 && v < v1; }); }""",
-        [k, *at],
-    )
-    ids = fig.evaluate("g => g.data[0].customdata.map(c => c[0])")
-    assert not any(chosen())
-    for k, at in (
-        (0, (0.1, 0.1, 0.55, 0.9)),
-        (1, (0.2, 0.1, 0.9, 0.55)),
-        (2, (0.45, 0.1, 0.9, 0.9)),
-    ):  # away from the corners, which have handles
-        want = inside(k, at)
-        assert 0 < len(want) < len(ids), f"map {k + 1}: the lasso would hold {len(want)} of {len(ids)} points"
-        box = frame.locator(".nsewdrag").nth(k).bounding_box()
-        spots = [
-            (box["x"] + u * box["width"], box["y"] + v * box["height"])
-            for u, v in ((at[0], at[1]), (at[2], at[1]), (at[2], at[3]), (at[0], at[3]), (at[0], at[1]))
-        ]
+def umap_in_lab(browser, folder):
+    "06_umap in JupyterLab: what is chosen in one map is chosen in all."
+
+    def ready(page):
+        last = page.locator(".jp-CodeCell .jp-InputPrompt").last.inner_text().strip()
+        return last not in ("", "[ ]:", "[*]:") and page.locator(".jupyter-widgets .js-plotly-plot .nsewdrag").count()
+
+    with notebook(browser, folder, "06_umap", ready) as page:
+        figure = page.locator(".jupyter-widgets .js-plotly-plot").last
+        figure.scroll_into_view_if_needed()
+        time.sleep(1)
+        check_drawn(page, "06_umap")
+        box = figure.locator(".nsewdrag").first.bounding_box()
+        corners = [(0.1, 0.1), (0.6, 0.1), (0.6, 0.9), (0.1, 0.9), (0.1, 0.1)]
+        spots = [(box["x"] + u * box["width"], box["y"] + v * box["height"]) for u, v in corners]
         page.mouse.move(*spots[0])
         page.mouse.down()
         for x, y in spots[1:]:
             page.mouse.move(x, y, steps=20)
         page.mouse.up()
-        near = lambda: (
-            (got := {*chosen()})
-            and len(got) == 1
-            and (p := got.pop())
-            and len({*want} & (p := {*map(int, p.split(","))})) > 0.8 * len({*want} | p)
-        )  # a lasso cuts corners a little
-        try:
-            until(f"the points of map {k + 1} in all maps", near, 30)
-        except AssertionError as e:
-            raise AssertionError(f"{e}: wanted {want[:20]}, got {[g and g[:60] for g in chosen()]}") from None
-        now = [ids[int(i)] for i in chosen()[0].split(",")]
-        assert frame.locator("#chosen").input_value().split() == now and frame.locator("#count").inner_text() == str(
-            len(now)
-        )
-        shot(page, f"{name}_{k + 1}")
-    box = frame.locator(".nsewdrag").nth(2).bounding_box()
-    page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    until("nothing to be chosen", lambda: not any(chosen()) and frame.locator("#count").inner_text() == "0", 30)
 
+        def the_same_in_all():
+            chosen = {points for points in figure.evaluate(SELECTED) if points is not None}
+            return len(chosen) == 1 and chosen != {""}
 
-def umap_lab(b, tmp):
-    "06_umap in JupyterLab: what is chosen in one map is chosen in all."
-    last = lambda page: (
-        page.locator(".jp-CodeCell .jp-InputPrompt").last.inner_text().strip() not in ("", "[ ]:", "[*]:")
-    )
-    with notebook(b, tmp, "06_umap", lambda page: last(page) and page.locator("iframe").count()) as (page, errors):
-        page.locator("iframe").last.scroll_into_view_if_needed()
-        frame = page.locator("iframe").last.element_handle().content_frame()
-        frame.wait_for_selector("body[data-drawn=yes]")
-        time.sleep(1)
-        assert check_drawn(frame, "06_umap") == 1
-        choose(page, frame, "umap_lab")
+        until("the points chosen in one map to be chosen in all", the_same_in_all, 30)
+        shot(page, "umap_chosen")
 
 
 # ---- pages without a network
 
 
-def offline(b, path):
+def open_offline(browser, path):
     "Open a page with the network cut; every plot is drawn, nothing fails, nothing was asked of the network."
-    context = b.new_context(viewport=dict(width=1300, height=900))
+    context = browser.new_context(viewport=dict(width=1300, height=900))
     context.set_offline(True)
     page, wrong = context.new_page(), []
     page.on("pageerror", lambda e: wrong.append(f"error: {e}"))
-    page.on(
-        "request",
-        lambda r: (
-            wrong.append(f"asked for {r.url[:100]}") if not r.url.startswith(("file:", "data:", "blob:")) else None
-        ),
-    )
+
+    def asked(request):
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            wrong.append(f"asked for {request.url[:100]}")
+
+    page.on("request", asked)
     page.goto(path.as_uri())
-    page.wait_for_selector(".js-plotly-plot .main-svg")
-    page.wait_for_function("!document.getElementById('plotly') || document.body.dataset.drawn", timeout=60_000)
-    time.sleep(1.5)
+    page.wait_for_selector(".js-plotly-plot .main-svg", timeout=60_000)
+    time.sleep(2.5)
     check_drawn(page, path.name)
     shot(page, path.stem)
     assert not wrong, f"{path.name}: {wrong[:3]}"
     return page
 
 
-def umap(b, path):
-    "The same, and without Python: a selection in one map shows in all, and the colour menu works."
-    page = offline(b, path)
-    choose(page, page.main_frame, path.stem)
-    colours = lambda: page.evaluate(
-        "JSON.stringify([document.getElementById('maps').layout.coloraxis.colorbar.title.text, document.getElementById('maps').data[0].marker.color])"
-    )
-    if page.locator(".updatemenu-header").count():
-        before = colours()
-        page.locator(".updatemenu-header").first.click()
-        page.wait_for_selector(".updatemenu-dropdown-button")
-        page.locator(".updatemenu-dropdown-button").first.click()
-        until("other colours", lambda: colours() != before, 20)
-        shot(page, f"{path.stem}_coloured")
-
-
-def paired_bootstrap(b, path):
+def check_page(browser, path):
     "The same on a phone: nothing is wider than the screen, and every entry of the contents leads somewhere."
-    page = offline(b, path)
+    page = open_offline(browser, path)
     links = page.locator("nav a").evaluate_all("xs => xs.map(x => x.getAttribute('href'))")
-    assert len(links) > 5 and all(page.locator(l).count() == 1 for l in links), f"{path.name}: contents {links}"
+    targets = "href => document.getElementById(decodeURIComponent(href.slice(1))) !== null"
+    lost = [href for href in links if href.startswith("#") and not page.evaluate(targets, href)]
+    assert links and not lost, f"{path.name}: contents {links}, of which {lost} lead nowhere"
     assert path.stat().st_size < 5e6, f"{path.name} has {path.stat().st_size / 1e6:.1f} MB; expected under 5"
     page.set_viewport_size(dict(width=390, height=844))
     page.reload()
-    page.wait_for_selector("body[data-drawn=yes]")
-    time.sleep(1)
+    page.wait_for_selector(".js-plotly-plot .main-svg", timeout=60_000)
+    time.sleep(2.5)
     check_drawn(page, f"{path.name}, 390 pixels wide")
     shot(page, f"{path.stem}_phone")
-    wide = page.evaluate("document.documentElement.scrollWidth")
-    assert wide <= 390, f"{path.name}: {wide} pixels wide on a screen of 390"
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390, f"{path.name}: {width} pixels wide on a screen of 390"
+    page.context.close()
+
+
+def page_of(name):
+    "Run a notebook by papermill and turn it into a page."
+    out, made = ROOT / "data" / f"{name}.out.ipynb", ROOT / "data" / f"{name}.html"
+    for command in (
+        ["papermill", f"{name}.ipynb", str(out), "--cwd", "."],
+        ["protmae.cli", "report", str(out), str(made)],
+    ):
+        ran = subprocess.run([sys.executable, "-m", *command], cwd=NBS, capture_output=True, text=True, env=ENV)
+        assert not ran.returncode, f"{' '.join(command)} failed: {ran.stderr[-2000:]}"
+    return made
+
+
+def all_tests(browser, folder):
+    "Name -> what to call."
+    tests = {
+        "JupyterLab: 01_explore_masking, slider": lambda: explore_in_lab(browser, folder),
+        "JupyterLab: 06_umap, linked selection": lambda: umap_in_lab(browser, folder),
+        "05_compare by papermill, its page": lambda: check_page(browser, page_of("05_compare")),
+        "08_study by papermill, its page": lambda: check_page(browser, page_of("08_study")),
+    }
+    for path in sorted((ROOT / "reports").rglob("*.html")):
+        tests[f"{path.relative_to(ROOT)} offline"] = lambda path=path: check_page(browser, path)
+    return {name: test for name, test in tests.items() if all(word in name for word in sys.argv[2:])}
 
 
 def main():
-    exe, failed, ran = browser(), 0, 0
-    table, made, png = (root / "data" / f"browser{end}" for end in (".tsv", "-umap.html", "-umap.png"))
-    with tempfile.TemporaryDirectory() as tmp, sync_playwright() as pw:
+    path = find_browser()
+    results = []
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         try:
-            b = pw.chromium.launch(
-                executable_path=exe,
-                args=[
-                    "--no-sandbox",
-                    "--disable-dev-shm-usage",
-                    "--use-angle=swiftshader",
-                    "--enable-unsafe-swiftshader",
-                    "--disable-background-networking",
-                ],
-            )
+            browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         except Exception as e:
-            skip(f"{exe} does not start: {str(e).strip().splitlines()[0]}")
-        print(f"{exe} {b.version}", flush=True)
-
-        def umap_page():
-            from protmae.data.synthetic import open_store
-
-            s = open_store(root / "data" / "demo.h5")
-            table.write_text(
-                "id\tgroup\n" + "".join(f"{p}\t<b>{'even' if k % 2 else 'odd'}</b>\n" for k, p in enumerate(s.ids))
-            )
-            r = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "papermill",
-                    "06_umap.ipynb",
-                    "../data/06.out.ipynb",
-                    "--cwd",
-                    ".",
-                    "-p",
-                    "page",
-                    f"../data/{made.name}",
-                    "-p",
-                    "annotations",
-                    f"../data/{table.name}",
-                    "-p",
-                    "png",
-                    f"../data/{png.name}",
-                ],
-                cwd=nbs,
-                capture_output=True,
-                text=True,
-                env=os.environ | dict(PYTHONPATH=PATHS, PATH=f"{bin}:{os.environ['PATH']}"),
-            )
-            assert not r.returncode, f"06_umap.ipynb failed: {r.stderr[-2000:]}"
-            umap(b, made)
-            if find_spec("kaleido"):
-                assert png.exists() and png.stat().st_size > 20_000, "kaleido is here, and 06_umap.ipynb wrote no PNG"
-            else:
-                print("no PNG: the package kaleido is missing")
-
-        def compare_page():
-            r = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "papermill",
-                    "05_compare.ipynb",
-                    "../data/05.out.ipynb",
-                    "--cwd",
-                    ".",
-                    "-p",
-                    "out",
-                    "../data/browser-compare.html",
-                ],
-                cwd=nbs,
-                capture_output=True,
-                text=True,
-                env=os.environ | dict(PYTHONPATH=PATHS, PATH=f"{bin}:{os.environ['PATH']}"),
-            )
-            assert not r.returncode, f"05_compare.ipynb failed: {r.stderr[-2000:]}"
-            paired_bootstrap(b, root / "data" / "browser-compare.html")
-
-        tests = {
-            "JupyterLab: 01_explore_masking, slider": lambda: explore(b, Path(tmp)),
-            "JupyterLab: 06_umap, linked selection": lambda: umap_lab(b, Path(tmp)),
-            "06_umap by papermill, its page offline: linked selection, colours": umap_page,
-            "05_compare by papermill, its page offline, wide and on a phone": compare_page,
-        }
-        tests |= {
-            f"{p.relative_to(root)} offline": lambda p=p: offline(b, p)
-            for p in sorted((root / "reports").rglob("*.html"))
-        }
-        for name, test in tests.items():
-            if not all(w in name for w in sys.argv[2:]):
-                continue
-            t = time.perf_counter()
-            ran += 1
+            skip(f"{path} does not start: {str(e).strip().splitlines()[0]}")
+        print(f"{path} {browser.version}", flush=True)
+        for name, test in all_tests(browser, Path(folder)).items():
+            started = time.perf_counter()
             try:
                 test()
-                print(f"passed  {name}  ({time.perf_counter() - t:.0f} s)", flush=True)
+                results.append(True)
+                print(f"passed  {name}  ({time.perf_counter() - started:.0f} s)", flush=True)
             except Exception as e:
-                failed += 1
+                results.append(False)
                 print(f"FAILED  {name}\n{type(e).__name__}: {e}", flush=True)
-        b.close()
-    print(f"browser: {ran - failed} passed, {failed} failed")
-    sys.exit(1 if failed else 0)
+        browser.close()
+    print(f"browser: {sum(results)} passed, {len(results) - sum(results)} failed")
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(root))
-    main()
+    sys.exit(main())
