@@ -27,6 +27,6 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},
-    package_data={"protmae.data": ["*.toml"]},
+    package_data={"protmae.data": ["*.toml"], "protmae.viz": ["templates/*/*"]},
     zip_safe=False,
 )

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,13 +38,6 @@ def copy_checkout(target):
         (target.parent / "shared").symlink_to(shared.resolve())
 
 
-def test_notebook(path, root):
-    "Run one notebook in this process; returns whether it passed, and its seconds."
-    from nbdev.test import test_nb
-
-    return test_nb(path, skip_flags=["slow"], basepath=root)
-
-
 def slow_first(path):
     rank = next((i for i, name in enumerate(SLOWEST) if path.stem.startswith(name)), len(SLOWEST))
     return rank, -path.stat().st_size
@@ -53,10 +45,13 @@ def slow_first(path):
 
 def run_notebooks(paths, root):
     "Run notebooks side by side; returns the names of those that failed."
+    from nbdev.test import test_nb
+
     workers = max(2, min(os.cpu_count() or 2, 4))
     failed = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(test_notebook, path, root): path for path in sorted(paths, key=slow_first)}
+    with ProcessPoolExecutor(workers) as pool:
+        ordered = sorted(paths, key=slow_first)
+        jobs = {pool.submit(test_nb, path, skip_flags=["slow"], basepath=root): path for path in ordered}
         for job in as_completed(jobs):
             name = jobs[job].relative_to(root)
             passed, seconds = job.result()

@@ -6,22 +6,20 @@
 __all__ = ['protein_vectors']
 
 # %% ../../nbs/lib/analysis/01_vectors.ipynb #f1201c81
-import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from ..core import ProtmaeError
 from ..data.batches import PatchBatches, ResidueBatches
 from ..data.patches import PatchCache, n_patches, patch_bounds
+from ..data.row_cache import RowCache
 from ..embed.run import token_batches
 from ..models.classifier import token_width
-from ..models.hub import load_model, save_tensors
+from ..models.hub import load_model
 from ..models.v2 import TransformerMAE
 from ..ppi.features import TokenCache, encoder_digest
-from ..utils.progress import Progress
 
 # %% ../../nbs/lib/analysis/01_vectors.ipynb #4ec13474
 def _encode(model, batch):
@@ -66,36 +64,25 @@ def _load(checkpoint, store):
     return model, meta["mean"], meta["std"]
 
 
-def _kept(path, empty):
-    "What an earlier call has left, or `empty` where that is missing, damaged or of another shape."
-    try:
-        kept = load_file(path)
-    except Exception:
-        return empty
-    fits = kept.keys() == empty.keys() and all(
-        value.shape == empty[name].shape and torch.isfinite(value).all() for name, value in kept.items()
-    )
-    return kept if fits else empty
-
-
-def _encoded(model, data, batches, lengths):
-    "Positions and vectors of the proteins in each batch."
+def _encoded(model, data, sizes, max_tokens, proteins):
+    "Position and vectors of each of the proteins; they are encoded in batches of like length."
     device = next(model.parameters()).device
-    with Progress(int(lengths[np.concatenate(batches)].sum()), "protein vectors", "residues") as progress:
-        for proteins in batches:
-            inputs = {name: value.to(device) for name, value in data.__getitems__(proteins).items()}
-            yield proteins, _encode(model, inputs)
-            progress.update(int(lengths[proteins].sum()))
+    for part in token_batches(sizes[proteins].tolist(), max_tokens):
+        batch = proteins[part]
+        found = _encode(model, {name: value.to(device) for name, value in data.__getitems__(batch).items()})
+        found = {name: value.float().cpu().numpy() for name, value in found.items()}
+        for row, i in enumerate(batch):
+            yield i, {name: value[row : row + 1] for name, value in found.items()}
 
 
-def _check_finite(found, proteins, store, checkpoint):
-    for value in found.values():
-        bad = ~torch.isfinite(value).all(1)
-        if bad.any():
+def _finite(vectors, store, checkpoint):
+    "The vectors as they come; raises `ProtmaeError` at the first one that is not finite."
+    for i, found in vectors:
+        if not all(np.isfinite(value).all() for value in found.values()):
             raise ProtmaeError(
-                f"{checkpoint} gives {store.ids[proteins[int(bad.nonzero()[0])]]!r} a vector that is not finite; "
-                "was it trained to the end?"
+                f"{checkpoint} gives {store.ids[i]!r} a vector that is not finite; was it trained to the end?"
             )
+        yield i, found
 
 
 @torch.no_grad()
@@ -106,7 +93,6 @@ def protein_vectors(
     path=None,  # of the cache; None: beside the store, named by digests
     device=None,  # None: a GPU if there is one
     max_tokens=8192,  # residues (V2) or patches (V5) per batch
-    save_seconds=120.0,  # between saves
 ) -> dict:  # name -> (len(idx), width) float32: cls and mean (V5), compressed and mean (V2); raises `ProtmaeError`
     "Vectors of whole proteins from a frozen encoder; what was computed before is read."
     model, mean, std = _load(checkpoint, store)
@@ -117,25 +103,19 @@ def protein_vectors(
     tokens = TokenCache.found(encoder, store, mean, std, patching) if path is None else None
     if tokens:
         return _pool(model, tokens, idx)
-    digest = encoder_digest(encoder, mean, std, "residues" if is_v2 else patching)
-    path = Path(path or store.path.with_suffix(f".vectors-{digest}-{store.fingerprint}.safetensors"))
+    key = f"{encoder_digest(encoder, mean, std, 'residues' if is_v2 else patching)}-{store.fingerprint}"
     widths = dict(compressed=store.dim) if is_v2 else dict(cls=token_width(encoder))
-    empty = {name: torch.zeros(len(store), width) for name, width in (widths | dict(mean=token_width(encoder))).items()}
-    vectors = _kept(path, empty | dict(done=torch.zeros(len(store), dtype=torch.uint8)))
-    missing = np.unique(idx[vectors["done"][idx].numpy() == 0])
-    if len(missing):
+    widths["mean"] = token_width(encoder)
+    columns = {name: (width, "<f4") for name, width in widths.items()}
+    path = path or store.path.with_suffix(f".vectors-{key}.h5")
+    rows = RowCache(path, dict(key=key), np.ones(len(store), np.int64), columns)
+    if len(rows.missing(idx)):
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         data = ResidueBatches(store, mean, std) if is_v2 else PatchBatches(PatchCache(store, patching), mean, std)
         sizes = store.lengths if is_v2 else n_patches(store.lengths, patching) + 1
-        batches = [missing[part] for part in token_batches(sizes[missing].tolist(), max_tokens)]
-        about, saved = dict(arch="v2" if is_v2 else "v5", fingerprint=store.fingerprint), time.monotonic()
-        for proteins, found in _encoded(model, data, batches, store.lengths):
-            _check_finite(found, proteins, store, checkpoint)
-            for name, value in found.items():
-                vectors[name][proteins] = value.float().cpu()
-            vectors["done"][proteins] = 1
-            if time.monotonic() - saved > save_seconds:
-                save_tensors(path, vectors, about)
-                saved = time.monotonic()
-        save_tensors(path, vectors, about)
-    return {name: value[idx].numpy() for name, value in vectors.items() if name != "done"}
+        compute = partial(_encoded, model, data, sizes, max_tokens)
+        rows.fill(lambda proteins: _finite(compute(proteins), store, checkpoint), idx, "protein vectors")
+    return {
+        name: np.array([rows.read(name, i)[0] for i in idx], np.float32).reshape(len(idx), width)
+        for name, width in widths.items()
+    }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGISTRY', 'Source', 'Dataset', 'fetch']
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #52dc8197
+# %% ../../nbs/lib/data/12_datasets.ipynb #e0f284ab
 import json
 import re
 import time
@@ -20,7 +20,7 @@ from ..core import ProtmaeError
 from .fasta import clean_sequences, read_sequences
 from .writer import writer_lock
 from ..utils.download import download, file_sha256
-from ..utils.files import atomic, write_json
+from ..utils.files import atomic, make_folder, write_json
 
 # %% ../../nbs/lib/data/12_datasets.ipynb #abfeddea
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _read_registry():
 
 REGISTRY = _read_registry()
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #f3ec2485
+# %% ../../nbs/lib/data/12_datasets.ipynb #52069c6a
 def _read_table(path, source):
     has_header = any(isinstance(column, str) for column in source.columns)
     try:
@@ -141,7 +141,7 @@ def _normalise(folder, sources):
     if twins:
         print(f"{twins:,} proteins that stand in no pair repeat another's sequence and were left out")
 
-# %% ../../nbs/lib/data/12_datasets.ipynb #03920402
+# %% ../../nbs/lib/data/12_datasets.ipynb #853f3ae7
 def _check_name(name, kind):
     "A name becomes part of a path, so it must not lead anywhere else."
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -205,10 +205,7 @@ def fetch(
         _check_name(source.name, "file name")
     folder = Path(data_dir) / name
     raw, checksums_path = folder / "raw", folder / "checksums.json"
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ProtmaeError(f"cannot make the folder {raw}: {e.strerror}; choose another data_dir") from None
+    make_folder(raw)
     with writer_lock(folder / "fetch"):
         checksums = _read_checksums(checksums_path)
         for source in dataset.sources:

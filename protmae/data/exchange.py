@@ -14,7 +14,7 @@ from .writer import StoreWriter, create, writer_lock
 from ..utils.files import atomic
 from ..utils.progress import Progress
 
-# %% ../../nbs/lib/data/07_exchange.ipynb #ed885594
+# %% ../../nbs/lib/data/07_exchange.ipynb #f5dda93e
 def _rows_and_width(dataset):
     shape = dataset.shape
     return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
@@ -61,10 +61,10 @@ def _write_store(path, ids, sequences, datasets, model):
             raise ProtmaeError(f"{path} exists already; choose another name")
         with atomic(path) as tmp:
             create(tmp, ids, sequences, width, model=model, lengths=lengths)
-            with StoreWriter(tmp) as w, Progress(len(ids), "import", "proteins") as progress:
+            with StoreWriter(tmp) as writer, Progress(len(ids), "import", "proteins") as progress:
                 for i, dataset in enumerate(datasets):
                     rows = dataset[0, :MAX_LEN] if dataset.ndim == 3 else dataset[:MAX_LEN]
-                    w.write([(i, rows)])
+                    writer.write([(i, rows)])
                     progress.update()
 
 

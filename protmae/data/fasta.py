@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STANDARD', 'NONSTANDARD', 'LETTERS', 'Record', 'record_id', 'read_sequences', 'Cleaning', 'clean_sequences']
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #30fa1b35
+# %% ../../nbs/lib/data/00_fasta.ipynb #07cab3c0
 import csv
 import gzip
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain, dropwhile
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,7 @@ def record_id(
     uniprot = re.match(r"(?:sp|tr)\|([^|]+)\|", word)
     return uniprot[1] if uniprot else word
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #835b8911
+# %% ../../nbs/lib/data/00_fasta.ipynb #a37474d6
 def _read_text(path):
     "The text of a file, plain or gzipped."
     path = Path(path)
@@ -127,10 +127,14 @@ def read_sequences(
             raise ProtmaeError(f"{path} line {record.line}: a record without an id; write one behind '>'")
     return records
 
-# %% ../../nbs/lib/data/00_fasta.ipynb #08cd4348
+# %% ../../nbs/lib/data/00_fasta.ipynb #1e714a8e
 STANDARD = set("ACDEFGHIKLMNPQRSTVWY")
 NONSTANDARD = set("UOBZXJ")
 LETTERS = {letter for sign in STANDARD | NONSTANDARD for letter in (sign, sign.lower())} | set("*-.")
+
+
+def _count(text):
+    return field(default=0, metadata=dict(text=text))
 
 
 @dataclass
@@ -140,31 +144,24 @@ class Cleaning:
     records: int = 0  # records read
     kept: int = 0  # proteins that remain
     residues: int = 0  # residues that remain
-    duplicates: int = 0  # same id and sequence again, left out
-    empty: int = 0  # records without a residue, left out
-    lower_case: int = 0  # proteins that had lower-case letters
-    stops_removed: int = 0  # proteins that ended in '*'
-    stops_to_x: int = 0  # '*' inside a sequence, now X
-    gaps_removed: int = 0  # '-' and '.' removed
+    duplicates: int = _count("duplicate records left out")  # same id and sequence again
+    empty: int = _count("empty records left out")
+    lower_case: int = _count("proteins upper-cased")
+    stops_removed: int = _count("proteins lost a '*' at the end")
+    stops_to_x: int = _count("'*' inside sequences became X")
+    gaps_removed: int = _count("gap characters removed")  # '-' and '.'
+    same_sequence: int = _count("proteins share their sequence with another id (kept)")
     nonstandard: dict = field(default_factory=dict)  # letter -> residues, of U O B Z X J
     truncated: int = 0  # proteins longer than the limit
     residues_cut: int = 0  # residues that this cost
-    same_sequence: int = 0  # proteins whose sequence another id has too (kept)
     max_len: int = MAX_LEN
 
     def lines(self):
         "The summary, a line each, only what occurred."
         yield f"{self.records:,} records read, {self.kept:,} proteins kept, {self.residues:,} residues"
-        occurred = {
-            "duplicate records left out": self.duplicates,
-            "empty records left out": self.empty,
-            "proteins upper-cased": self.lower_case,
-            "proteins lost a '*' at the end": self.stops_removed,
-            "'*' inside sequences became X": self.stops_to_x,
-            "gap characters removed": self.gaps_removed,
-            "proteins share their sequence with another id (kept)": self.same_sequence,
-        }
-        yield from (f"{count:,} {text}" for text, count in occurred.items() if count)
+        for item in fields(self):
+            if "text" in item.metadata and getattr(self, item.name):
+                yield f"{getattr(self, item.name):,} {item.metadata['text']}"
         if self.nonstandard:
             counts = ", ".join(f"{letter} {count:,}" for letter, count in sorted(self.nonstandard.items()))
             yield f"non-standard residues: {counts}"

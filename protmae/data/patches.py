@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['n_patches', 'patch_bounds', 'patch_means', 'PatchCache']
 
-# %% ../../nbs/lib/data/09_patches.ipynb #dca13150
+# %% ../../nbs/lib/data/09_patches.ipynb #cb2f0b62
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core import N_PATCHES, PATCH_SIZE, ProtmaeError
+from .hdf5 import damaged
 from .row_cache import RowCache
 
 # %% ../../nbs/lib/data/09_patches.ipynb #cceed9a0
@@ -57,7 +58,7 @@ def patch_means(
     sums = x.new_zeros(B * N_PATCHES, D).index_add(0, row, x[real])
     return sums.view(B, N_PATCHES, D) / (ends - starts).clamp(min=1)[..., None]
 
-# %% ../../nbs/lib/data/09_patches.ipynb #34967529
+# %% ../../nbs/lib/data/09_patches.ipynb #fc268f50
 class PatchCache:
     "The patch means of every protein of a store, pooled once; reads rows on demand. Raises `ProtmaeError` at NaN."
 
@@ -82,10 +83,7 @@ class PatchCache:
             starts, ends = (bound[0, : self.counts[i]].numpy() for bound in bounds)
             means = np.add.reduceat(self.store[i].astype("f4"), starts) / (ends - starts)[:, None]
             if not np.isfinite(means).all():
-                raise ProtmaeError(
-                    f"{self.store.path}: {self.store.ids[i]!r} has NaN or infinite values; "
-                    "the store is damaged, embed again"
-                )
+                raise damaged(self.store.path, f"{self.store.ids[i]!r} has NaN or infinite values")
             high = means.astype("<f2")
             yield i, dict(patches=high, patches_low=means - high)
 

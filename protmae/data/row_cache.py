@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RowCache']
 
-# %% ../../nbs/lib/data/08_row_cache.ipynb #268e8688
+# %% ../../nbs/lib/data/08_row_cache.ipynb #38730627
 import os
 import time
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from ..core import ProtmaeError
 from .allocation import plan_file
 from .hdf5 import Rows, check_local, open_h5
 from .writer import put, writer_lock
-from ..utils.files import atomic
+from ..utils.files import atomic, make_folder
 from ..utils.progress import Progress
 
-# %% ../../nbs/lib/data/08_row_cache.ipynb #fe63fb9c
+# %% ../../nbs/lib/data/08_row_cache.ipynb #c265eac0
 class RowCache:
     "Rows of N proteins in one file: each computed once, and read on demand."
 
@@ -59,12 +59,20 @@ class RowCache:
         """
         if not len(self.missing(proteins)):
             return
+        make_folder(self.path.parent)
         with writer_lock(self.path, wait=True):
-            if not self._open():  # another process may have filled it in the meantime
+            is_new = not self._open()  # another process may have filled it in the meantime
+            if is_new:
                 self._plan()
             missing = self.missing(proteins)
-            with self._open_for_writing() as file, Progress(len(missing), doing, "proteins") as progress:
-                self._write_all(file.fileno(), compute(missing), progress)
+            try:
+                with self._open_for_writing() as file, Progress(len(missing), doing, "proteins") as progress:
+                    self._write_all(file.fileno(), compute(missing), progress)
+            except ProtmaeError:
+                if is_new:  # what is refused leaves nothing behind
+                    self.path.unlink()
+                    self.done[:] = False
+                raise
 
     def _open(self) -> bool:
         "Open the file if it was made with this key."
@@ -91,7 +99,8 @@ class RowCache:
             fits &= rows[name].shape == (self.offsets[-1], width) and rows[name].dtype == dtype
         if not fits:
             raise ProtmaeError(
-                f"{self.path} does not belong to this store, though its key says so; delete it, it is made anew"
+                f"{self.path} holds other rows: it does not belong to this store, though its key says so; "
+                "delete it, it is made anew"
             )
         self._rows = rows
         if f.get("done", getlink=True) is None:
@@ -148,6 +157,4 @@ class RowCache:
         try:
             put(fd, data, self._begins[name] + offset)
         except OSError as e:
-            raise ProtmaeError(
-                f"cannot write to {self.path}: {e.strerror}; what was computed before is safe, run the same again"
-            ) from None
+            raise ProtmaeError(f"cannot write to {self.path}: {e.strerror}; mend that and run the same again") from None

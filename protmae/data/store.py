@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'row_moments', 'row_checksum', 'fingerprint', 'EmbeddingStore', 'describe', 'verify']
 
-# %% ../../nbs/lib/data/05_store.ipynb #2f570a88
+# %% ../../nbs/lib/data/05_store.ipynb #98b4b7db
 import hashlib
 import os
 
 import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
-from .hdf5 import Rows, RowsInMemory, decode_texts, open_h5, stored_dataset
+from .hdf5 import Rows, RowsInMemory, damaged, decode_texts, open_h5, stored_dataset
 from .shards import Joined, shard_files
 from ..utils.progress import Progress
 
@@ -48,7 +48,7 @@ def fingerprint(
     digest.update(np.asarray(checksums, "<u8").tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/lib/data/05_store.ipynb #f4e035d3
+# %% ../../nbs/lib/data/05_store.ipynb #163c284d
 FORMAT_VERSION = 1
 
 
@@ -90,7 +90,7 @@ def _check_offsets(path, offsets, ids, n_rows):
         reason = f"they span {offsets[0]}-{offsets[-1]} of {n_rows} rows"
     else:
         return
-    raise ProtmaeError(f"{path}: offsets are wrong ({reason}); the store is damaged, copy it again or embed again")
+    raise damaged(path, f"offsets are wrong ({reason})")
 
 
 def _check_shard(shard, k, first, n):
@@ -109,7 +109,7 @@ def _check_shard(shard, k, first, n):
                 "shards of one store are embedded with one model in one way; embed it again"
             )
 
-# %% ../../nbs/lib/data/05_store.ipynb #0c98c9b5
+# %% ../../nbs/lib/data/05_store.ipynb #8f01351f
 def _free_memory():
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return float("inf")
@@ -138,14 +138,9 @@ class EmbeddingStore:
         with open_h5(path) as f:
             _check_version(f, path)
             self._read_all_but_rows(f)
-        self.model, self.layer = str(self.attrs.get("model", "?")), str(self.attrs.get("layer", "?"))
-        self.fingerprint = fingerprint(self.ids, self.sequences, self.lengths, self._checksums, self.dim, self.model)
         recorded = str(self.attrs.get("fingerprint", "")).strip()  # none before the store is complete
         if recorded and not self.fingerprint.startswith(recorded):
-            raise ProtmaeError(
-                f"{path} says that its fingerprint is {recorded}; its content has {self.fingerprint}: "
-                "the file is damaged, copy it again or embed again"
-            )
+            raise damaged(path, f"it says that its fingerprint is {recorded}; its content has {self.fingerprint}")
 
     def _read_all_but_rows(self, f):
         self._rows, datasets = _open_datasets(f, self.path)
@@ -164,10 +159,12 @@ class EmbeddingStore:
         self.starts, self.lengths = offsets[done], np.diff(offsets)[done]
         self.ids, self.sequences = [ids[i] for i in done], [sequences[i] for i in done]
         self._index = {id: i for i, id in enumerate(self.ids)}
-        self._checksums = datasets["checksums"][:][done]
+        self.checksums = datasets["checksums"][:][done]
         self._moments, self._planned = Rows(f, "moments"), done  # positions among the planned proteins
         attrs = {name: value for name, value in f.attrs.items() if name not in ("mean", "std")}
         self.attrs = {name: value.decode() if isinstance(value, bytes) else value for name, value in attrs.items()}
+        self.model, self.layer = str(self.attrs.get("model", "?")), str(self.attrs.get("layer", "?"))
+        self.fingerprint = fingerprint(self.ids, self.sequences, self.lengths, self.checksums, self.dim, self.model)
 
     def _join(self):
         "Open the shards and stand for all of them: rows stay where they are, everything else is appended."
@@ -194,10 +191,11 @@ class EmbeddingStore:
         self._rows = Joined([shard._rows for shard in shards])
         self._moments = Joined([shard._moments for shard in shards])
         self.lengths = np.concatenate([shard.lengths for shard in shards])
-        self._checksums = np.concatenate([shard._checksums for shard in shards])
-        self.starts = np.concatenate([s.starts + begin for s, begin in zip(shards, self._rows.begins, strict=True)])
+        self.checksums = np.concatenate([shard.checksums for shard in shards])
+        begins = self._rows.begins
+        self.starts = np.concatenate([shard.starts + begin for shard, begin in zip(shards, begins, strict=True)])
         begins = self._moments.begins
-        self._planned = np.concatenate([s._planned + begin for s, begin in zip(shards, begins, strict=True)])
+        self._planned = np.concatenate([shard._planned + begin for shard, begin in zip(shards, begins, strict=True)])
         self.fingerprint = hashlib.sha256("|".join(shard.fingerprint for shard in shards).encode()).hexdigest()[:16]
 
     def __len__(self):
@@ -246,10 +244,8 @@ class EmbeddingStore:
         mean, variance = moments.swapaxes(0, 1)
         finite = np.isfinite(mean + variance).all(1)
         if not finite.all():
-            damaged = self.ids[indices[int(np.argmin(finite))]]
-            raise ProtmaeError(
-                f"{self.path}: the mean or variance of {damaged!r} is not finite; the store is damaged, embed again"
-            )
+            id = self.ids[indices[int(np.argmin(finite))]]
+            raise damaged(self.path, f"the mean or variance of {id!r} is not finite")
         return mean, variance
 
     def mean_std(self, indices=None) -> tuple:
@@ -300,7 +296,7 @@ class EmbeddingStore:
     def __setstate__(self, state):
         self.__init__(state["path"])
 
-# %% ../../nbs/lib/data/05_store.ipynb #29360905
+# %% ../../nbs/lib/data/05_store.ipynb #d531615f
 def _opened(store):
     return EmbeddingStore(store) if isinstance(store, str | os.PathLike) else store
 
@@ -319,21 +315,28 @@ def describe(
     store,  # `EmbeddingStore` or a path
 ):
     "Print what a store holds: counts, width, model, size, length histogram."
-    s = _opened(store)
-    size = sum(file.stat().st_size for file in s.files) / 1e6
-    shards = f", in {len(s.files)} shards" if len(s.files) > 1 else ""
-    print(f"{s.path}: {len(s):,} proteins, {int(s.lengths.sum()):,} residues x {s.dim} dims, float16")
-    print(f"model {s.model}, layer {s.layer}; fingerprint {s.fingerprint}; {size:,.1f} MB on disk{shards}")
-    if s.attrs.get("note"):
-        print(s.attrs["note"])
-    if s.pending:
-        print(f"NOT COMPLETE: {s.pending:,} planned proteins are not embedded yet; run the same `protmae embed` again")
-    if len(s):
-        shortest, longest, mean, median = s.lengths.min(), s.lengths.max(), s.lengths.mean(), np.median(s.lengths)
+    store = _opened(store)
+    size = sum(file.stat().st_size for file in store.files) / 1e6
+    shards = f", in {len(store.files)} shards" if len(store.files) > 1 else ""
+    print(f"{store.path}: {len(store):,} proteins, {int(store.lengths.sum()):,} residues x {store.dim} dims, float16")
+    print(f"model {store.model}, layer {store.layer}; fingerprint {store.fingerprint}; {size:,.1f} MB on disk{shards}")
+    if store.attrs.get("note"):
+        print(store.attrs["note"])
+    if store.pending:
+        print(
+            f"NOT COMPLETE: {store.pending:,} planned proteins are not embedded yet; run the same `protmae embed` again"
+        )
+    if len(store):
+        shortest, longest, mean, median = (
+            store.lengths.min(),
+            store.lengths.max(),
+            store.lengths.mean(),
+            np.median(store.lengths),
+        )
         print(f"lengths {shortest}-{longest}, mean {mean:.0f}, median {median:.0f}")
-        print("\n".join(_length_histogram(s.lengths)))
+        print("\n".join(_length_histogram(store.lengths)))
 
-# %% ../../nbs/lib/data/05_store.ipynb #27404d87
+# %% ../../nbs/lib/data/05_store.ipynb #da13ff39
 def verify(
     store,  # `EmbeddingStore` or a path
 ) -> int:  # proteins checked
@@ -341,22 +344,15 @@ def verify(
 
     Ids, sequences and lengths are compared with the fingerprint whenever a store opens.
     """
-    s = _opened(store)
-    with Progress(len(s), "verify", "proteins") as progress:
-        for i, id in enumerate(s.ids):
-            rows, planned = s[i], s._planned[i]
-            if row_checksum(rows) != int(s._checksums[i]):
-                raise ProtmaeError(
-                    f"{s.path}: the rows of {id!r} differ from their checksum; the file is damaged, embed again"
-                )
+    store = _opened(store)
+    with Progress(len(store), "verify", "proteins") as progress:
+        for i, id in enumerate(store.ids):
+            rows, planned = store[i], store._planned[i]
+            if row_checksum(rows) != int(store.checksums[i]):
+                raise damaged(store.path, f"the rows of {id!r} differ from their checksum")
             if not np.isfinite(rows).all():
-                raise ProtmaeError(
-                    f"{s.path}: the rows of {id!r} hold NaN or infinity; no protmae wrote that, embed again"
-                )
-            if not np.allclose(s._moments.read(planned, planned + 1)[0], row_moments(rows), 1e-6, 1e-9):
-                raise ProtmaeError(
-                    f"{s.path}: the mean and variance of {id!r} are not those of its rows; "
-                    "the file is damaged, embed again"
-                )
+                raise damaged(store.path, f"the rows of {id!r} hold NaN or infinity, which no protmae writes")
+            if not np.allclose(store._moments.read(planned, planned + 1)[0], row_moments(rows), 1e-6, 1e-9):
+                raise damaged(store.path, f"the mean and variance of {id!r} are not those of its rows")
             progress.update()
-    return len(s)
+    return len(store)

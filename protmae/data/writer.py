@@ -25,7 +25,7 @@ from .store import FORMAT_VERSION, EmbeddingStore, row_checksum, row_moments
 from ..utils.files import atomic
 from ..utils.provenance import provenance
 
-# %% ../../nbs/lib/data/06_writer.ipynb #deb9fba7
+# %% ../../nbs/lib/data/06_writer.ipynb #319fd4eb
 def _check_plan(ids, sequences, lengths, dim):
     if not len(ids) == len(sequences) == len(lengths):
         raise ProtmaeError(
@@ -76,7 +76,7 @@ def create(
     path = Path(path)
     if path.exists():
         raise ProtmaeError(f"{path} exists already; choose another name, or `extend` it")
-    lengths = [len(s) for s in sequences] if lengths is None else [int(length) for length in lengths]
+    lengths = [len(sequence) for sequence in sequences] if lengths is None else [int(length) for length in lengths]
     _check_plan(ids, sequences, lengths, dim)
     attrs = dict(model=model, layer=layer, provenance=json.dumps(provenance())) | attrs
     with atomic(path) as tmp:
@@ -138,7 +138,7 @@ def put(
         written = os.pwrite(fd, left, offset)
         left, offset = left[written:], offset + written
 
-# %% ../../nbs/lib/data/06_writer.ipynb #3eaf4ef2
+# %% ../../nbs/lib/data/06_writer.ipynb #a99d915e
 def _to_half(rows, id):
     "The rows as float16; refused where that cannot hold them."
     with np.errstate(over="ignore"):
@@ -214,17 +214,17 @@ class StoreWriter:
             self._complete()
 
     def _complete(self):
-        with EmbeddingStore(self.path) as s:
-            if s.attrs["fingerprint"] == s.fingerprint:
+        with EmbeddingStore(self.path) as store:
+            if store.attrs["fingerprint"] == store.fingerprint:
                 return
-            statistics = dict(zip(("mean", "std"), s.mean_std(), strict=True)) if len(s) else {}
+            statistics = dict(zip(("mean", "std"), store.mean_std(), strict=True)) if len(store) else {}
         places = check_seal(self.path)
         if places is None:  # planned by an older protmae: copy it into a sealed file
             extend(self.path, [], [])
             return
         with open(self.path, "rb+", buffering=0) as file:
             # the fingerprint last: it says that all is there
-            for values in (statistics, dict(fingerprint=s.fingerprint.encode())):
+            for values in (statistics, dict(fingerprint=store.fingerprint.encode())):
                 for name, value in values.items():
                     put(file.fileno(), value, places[name][0])
                 os.fsync(file.fileno())
@@ -235,12 +235,12 @@ class StoreWriter:
     def __exit__(self, *exc):
         self.close()
 
-# %% ../../nbs/lib/data/06_writer.ipynb #7eb22cfa
+# %% ../../nbs/lib/data/06_writer.ipynb #c2164330
 def _copy_rows(old, tmp):
     "Copy the finished proteins of the store `old` into the planned file `tmp`, by id."
-    with EmbeddingStore(old) as s, StoreWriter(tmp) as w:
-        position = {id: i for i, id in enumerate(w.ids)}
-        w.write((position[id], s[id]) for id in s.ids)
+    with EmbeddingStore(old) as store, StoreWriter(tmp) as writer:
+        position = {id: i for i, id in enumerate(writer.ids)}
+        writer.write((position[id], store[id]) for id in store.ids)
 
 
 def extend(
@@ -268,19 +268,19 @@ def extend(
         _copy_rows(path, tmp)
     return path
 
-# %% ../../nbs/lib/data/06_writer.ipynb #e630ebd3
+# %% ../../nbs/lib/data/06_writer.ipynb #a2bb9c1a
 def split_store(
     store,  # `EmbeddingStore` or a path
     path,  # of the new store: mine.h5 gives mine-00000-of-0000n.h5 and so on
     n: int,  # shards
 ) -> EmbeddingStore:
     "Copy a store into shards."
-    s = EmbeddingStore(store) if isinstance(store, str | os.PathLike) else store
-    attrs = {name: value for name, value in s.attrs.items() if name in ("note", "demo", "projected")}
-    for k, (begin, end) in enumerate(shard_ranges(s.lengths, n)):
-        ids, sequences, lengths = s.ids[begin:end], s.sequences[begin:end], s.lengths[begin:end]
+    store = EmbeddingStore(store) if isinstance(store, str | os.PathLike) else store
+    attrs = {name: value for name, value in store.attrs.items() if name in ("note", "demo", "projected")}
+    for k, (begin, end) in enumerate(shard_ranges(store.lengths, n)):
+        ids, sequences, lengths = store.ids[begin:end], store.sequences[begin:end], store.lengths[begin:end]
         with atomic(shard_name(path, k, n)) as tmp:
-            create(tmp, ids, sequences, s.dim, s.model, s.layer, lengths, shard=[k, n], **attrs)
-            with StoreWriter(tmp) as w:
-                w.write((i, s[begin + i]) for i in range(end - begin))
+            create(tmp, ids, sequences, store.dim, store.model, store.layer, lengths, shard=[k, n], **attrs)
+            with StoreWriter(tmp) as writer:
+                writer.write((i, store[begin + i]) for i in range(end - begin))
     return EmbeddingStore(path)

@@ -48,7 +48,7 @@ def papermill_command(
 def chosen_split(
     pairs,  # `Pairs`
     kind: str,  # published (also called own), random, C1, C2, C3 or cluster
-    seed: int,
+    seed: int,  # of the split
     store,  # `EmbeddingStore`, for 'cluster'
     file=None,  # a split that `save_split` wrote, instead of making it again
     train_share: float = 1,  # of the training pairs that stay
@@ -57,7 +57,7 @@ def chosen_split(
     split = load_split(file, pairs) if file else make_split(pairs, kind, seed, store=store)
     if split.kind != dict(published="own").get(kind, kind) or split.seed != seed:
         raise ProtmaeError(
-            f"{file} holds the {split.kind} split of seed {split.seed}, asked for were {kind} and {seed}; pass those"
+            f"{file} holds the {split.name} split of seed {split.seed}, asked for were {kind} and {seed}; pass those"
         )
     return subsample_train(split, train_share)
 
@@ -71,7 +71,7 @@ def run_baselines(
     pairs,  # `Pairs`
     split,  # `Split`
     runs,  # folder of all runs
-    seed: int = 0,
+    seed: int = 0,  # of the fits and the bootstrap
     **more,  # to record beside each result
 ) -> dict:  # system -> folder of its run; raises `ProtmaeError`
     "Fit and test baselines on one vector per protein."

@@ -105,8 +105,10 @@ class TokenCache:
         "Position and real rows of each of the proteins."
         was_training = model.training
         model.eval()
-        for places in token_batches(self.store.lengths[proteins].tolist(), max_tokens):
-            batch = proteins[places].tolist()
+        missing = set(proteins.tolist())
+        for batch in token_batches(self.store.lengths.tolist(), max_tokens):  # the same ones after a kill: same bits
+            if missing.isdisjoint(batch):
+                continue
             encoded, _ = inputs.encode(model, batch)
             half = encoded.float().cpu().numpy().astype("<f2")
             for i, rows in zip(batch, half, strict=True):
@@ -115,7 +117,8 @@ class TokenCache:
                     raise ProtmaeError(
                         f"the encoder's tokens of {self.store.ids[i]!r} do not fit float16; was it trained to the end?"
                     )
-                yield i, dict(tokens=real)
+                if i in missing:
+                    yield i, dict(tokens=real)
         model.train(was_training)
 
     def __len__(self):

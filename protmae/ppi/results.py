@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from ..core import ProtmaeError
+from ..data.batches import EpochSampler
 from ..models.hub import read_tensors
 from .baselines import run_baseline
 from .features import EncoderInputs
 from .metrics import evaluate
-from .predict import load_weights
-from .training import best_epoch
+from .predict import load_classifier, load_weights
+from .training import PairScorer, best_epoch
 from ..utils.files import atomic, write_json
 from ..utils.provenance import provenance
 
@@ -56,6 +57,29 @@ def write_test_result(
     write_json(Path(folder) / "test.json", result)
     return result
 
+# %% ../../nbs/lib/ppi/10_results.ipynb #5ed0c002
+@torch.no_grad()
+def _check_saved_classifier(
+    run,  # `PPITrainer`, with the weights of its best epoch
+    weights,  # its best.safetensors
+):  # raises `ProtmaeError` where they differ
+    "Compare the classifier that a file gives with the one that was tested, to the bit."
+    net, _ = load_classifier(weights)
+    net.to(run.acc.device)
+    tested, loaded = run.net.state_dict(), net.state_dict()
+    differing = [name for name in tested if not torch.equal(tested[name], loaded[name])]
+    indices = run.split.test[: run.config.batch_size]
+    batch = next(iter(run.loader(run.data, EpochSampler(indices, len(indices), None, shuffle=False))))
+    inputs = {name: value for name, value in batch.items() if name not in ("label", "index", "own")}
+    with run.acc.autocast():
+        same = torch.equal(run.logits(batch), PairScorer(net)(**inputs))
+    if differing or not same:
+        what = f"weights {', '.join(differing[:3])}" if differing else "scores"
+        raise ProtmaeError(
+            f"{weights} does not give the classifier that was tested: its {what} differ; "
+            "the result is not recorded; expected equal weights and scores to the bit"
+        )
+
 # %% ../../nbs/lib/ppi/10_results.ipynb #b04b0650
 def evaluate_test_split(
     run,  # `PPITrainer`, trained
@@ -75,6 +99,7 @@ def evaluate_test_split(
     label, score = run.scores(split.test)
     ends = pairs.a[split.test], pairs.b[split.test]
     metrics = evaluate(label, score, *ends, val_label, val_score, resamples, run.config.seed)
+    _check_saved_classifier(run, weights)
     best = best_epoch(run.history)
     about = dict(arch=run.arch, checkpoint=run.about["checkpoint"], encoder=run.about["encoder"])
     about |= dict(best_epoch=best["epoch"], epochs=len(run.history), val_auroc=best["val_auroc"])
@@ -88,7 +113,7 @@ def evaluate_baseline(
     x,  # (N, D) a vector for each protein; 'degree' needs none
     pairs,  # `Pairs`
     split,  # `Split` of these pairs
-    seed: int = 0,
+    seed: int = 0,  # of the fit and the bootstrap
     **more,  # to record beside the result
 ) -> dict:
     "Fit a baseline and test it once; computed at the first call, read at later ones."

@@ -10,7 +10,6 @@ __all__ = ['LEAKS', 'PARTS', 'Split', 'save_split', 'load_split', 'published_spl
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 

@@ -99,7 +99,7 @@ def make_classifier(
 
 # %% ../../nbs/lib/ppi/08_training.ipynb #5f1acad3
 def saved_weights(
-    net: PPIClassifier,
+    net: PPIClassifier,  # as it was trained
 ) -> set:  # names
     "The weights that belong into a classifier's file."
     learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
@@ -111,7 +111,7 @@ class PairScorer(nn.Module):
 
     def __init__(
         self,
-        net: PPIClassifier,
+        net: PPIClassifier,  # the classifier that is called
     ):
         super().__init__()
         self.net = net
@@ -204,6 +204,7 @@ class PPITrainer(Trainer):
 
     @property
     def contrastive_epochs(self) -> int:
+        "How many epochs draw interacting proteins together before the head learns."
         return self.config.contrastive or 0
 
     @property

@@ -41,13 +41,13 @@ def warmup_cosine(
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
-# %% ../../nbs/lib/training/03_optim.ipynb #d00249bd
+# %% ../../nbs/lib/training/03_optim.ipynb #486cf756
 class Schedule:
     "The factor on the learning rate at each step, over one or two phases."
 
     def __init__(
         self,
-        steps_per_epoch: int,
+        steps_per_epoch: int,  # of the optimiser
         epochs: int,  # of the whole run
         warmup_epochs: float,  # of each phase
         first_epochs: int = 0,  # of the first phase; 0: there is one phase
@@ -55,11 +55,11 @@ class Schedule:
         self.first_steps = steps_per_epoch * first_epochs
         self.rest_steps = steps_per_epoch * (epochs - first_epochs)
         wanted = round(steps_per_epoch * warmup_epochs)
-        phases = [n for n in (self.first_steps, self.rest_steps) if n]
-        self.shortened = [(n // 10, n) for n in phases if wanted > n / 2]  # (steps of warm-up, of how many)
-        self.first_warmup, self.rest_warmup = (
-            n // 10 if wanted > n / 2 else wanted for n in (self.first_steps, self.rest_steps)
-        )
+        phases = self.first_steps, self.rest_steps
+        warmups = [steps // 10 if wanted > steps / 2 else wanted for steps in phases]
+        self.first_warmup, self.rest_warmup = warmups
+        both = zip(warmups, phases, strict=True)
+        self.shortened = [(warmup, steps) for warmup, steps in both if steps and warmup < wanted]
 
     def __call__(self, step: int) -> float:
         if step < self.first_steps:

@@ -24,12 +24,12 @@ from .objectives import OBJECTIVES
 from .skill import Skill
 from .trainer import Trainer
 
-# %% ../../nbs/lib/training/07_pretrain.ipynb #cddb494e
+# %% ../../nbs/lib/training/07_pretrain.ipynb #7af90ddb
 def chosen_proteins(
     store,  # `EmbeddingStore`
     only,  # ids, or a text file with one per line; None: all
 ) -> np.ndarray:  # positions, sorted; None: all; raises `ProtmaeError` for ids that are not in the store
-    "The proteins that a run is told to use."
+    "The proteins that a run may use."
     if only is None:
         return None
     if isinstance(only, str | Path):
@@ -52,7 +52,7 @@ def protein_set_digest(
     "Which proteins these are, in twelve letters."
     return None if chosen is None else hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()[:12]
 
-# %% ../../nbs/lib/training/07_pretrain.ipynb #6595e10b
+# %% ../../nbs/lib/training/07_pretrain.ipynb #b12f715c
 class PretrainTrainer(Trainer):
     "One pretraining run: `TransformerMAE` or `MAEV5` on a store."
 
@@ -95,7 +95,7 @@ class PretrainTrainer(Trainer):
         )
 
     def facts(self, objective) -> dict:
-        "What `run.json` tells beside the settings."
+        "What `run.json` holds besides the settings."
         return dict(
             store=str(self.store.path.resolve()),
             model=self.store.model,
@@ -171,13 +171,13 @@ class PretrainTrainer(Trainer):
         "Loss and skill on the validation proteins."
         skill, total, values, key = Skill(), 0.0, 0.0, seed_for(self.config.seed, "validate")
         for batch in self.val_dl:
-            own = batch.get("own", True)
+            counted = batch.get("own", True)
             with self.acc.autocast():
                 terms, reconstruction = self.objective.loss(self.model, batch, self.config, key)
-            loss, count = self.weighted_loss(terms, own)
+            loss, count = self.weighted_loss(terms, counted)
             total += loss.item() * float(count)
             values += float(count)
-            if own:
+            if counted:
                 skill.add(*reconstruction)
         mine = torch.tensor([total, values], dtype=torch.float64, device=self.acc.device)
         sums = self.acc.reduce(torch.cat([skill.sums.to(self.acc.device), mine]), "sum")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trainer']
 
-# %% ../../nbs/lib/training/06_trainer.ipynb #6e2c977e
+# %% ../../nbs/lib/training/06_trainer.ipynb #49367790
 import math
 import os
 import time
@@ -15,18 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
 
 from ..core import ProtmaeError, seed_for
-from ..data.batches import Resident
-from .checkpointing import Position, RunFolder, TrainingState
+from .checkpointing import EpochRecord, Position, RunFolder, TrainingState, first_nonfinite
 from .optim import Schedule, optimizer_for
-from .parts import PendingLosses, RankSubset
+from .parts import PendingLosses, make_loader, weighted_loss
 from ..utils.interrupt import stop_softly
 from ..utils.progress import Progress, format_duration, is_headless
 
-# %% ../../nbs/lib/training/06_trainer.ipynb #6ad1cd17
+# %% ../../nbs/lib/training/06_trainer.ipynb #f2522bda
 class Trainer:
     """One training run in one folder.
 
@@ -67,8 +64,8 @@ class Trainer:
         sampler,  # `EpochSampler` of the training data
         val_sampler,  # of the validation data
     ):
-        "Give everything to accelerate, and take up an earlier state."
-        self.n_params = sum(p.numel() for p in model.parameters())
+        "Give everything to accelerate, and load the folder's state if there is one."
+        self.n_params = sum(parameter.numel() for parameter in model.parameters())
         self.sampler = sampler
         optimizer = optimizer_for(model, self.config.lr, self.config.weight_decay)
         self.model, self.opt = self.acc.prepare(model, optimizer)
@@ -86,26 +83,23 @@ class Trainer:
 
     def loader(self, data, sampler):
         "Batches on the device: whole ones, or this process's part of each."
-        pin = torch.cuda.is_available() and not isinstance(data, Resident)
-        if self.acc.num_processes > 1:
-            data = RankSubset(data, self.acc.process_index, self.acc.num_processes)
-        batches = DataLoader(data, batch_sampler=sampler, collate_fn=lambda batch: batch, pin_memory=pin)
-        return prepare_data_loader(  # told that there is one process: the batches are shared out already
-            batches, self.acc.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        return make_loader(self.acc, data, sampler)
 
     # ---- where the run stands
 
     @property
     def epoch(self) -> int:
+        "Epochs that are finished."
         return self.position.epoch
 
     @property
     def step(self) -> int:
+        "Batches of the present epoch that are finished."
         return self.position.step
 
     @property
-    def history(self) -> list:
+    def history(self) -> list[EpochRecord]:
+        "The log: a record for each finished epoch."
         return self.position.history
 
     @property
@@ -117,15 +111,16 @@ class Trainer:
 
     @property
     def is_fsdp(self) -> bool:
+        "Whether weights, gradients and optimiser are spread over processes."
         return self.state.is_fsdp
 
     # ---- the loop
 
-    def fit(self) -> list:  # the log: a dict per epoch
+    def fit(self) -> list[EpochRecord]:  # the log
         "Train to the end (or until early stopping), from wherever the run stands."
         if self.finished:
             self.remove_lock_of_killed()
-            self.say(f"This run is finished: {self.summary()}")
+            self.print_once(f"This run is finished: {self.summary()}")
             return self.history
         self.announce()
         with self.run_lock(), stop_softly() as stop, self.progress() as bar:
@@ -135,7 +130,7 @@ class Trainer:
                 self.finish_epoch()
                 if self.any_rank(stop)[0]:
                     self.interrupt()
-        self.say(f"done; the best weights are in {self.out / 'best.safetensors'}")
+        self.print_once(f"done; the best weights are in {self.out / 'best.safetensors'}")
         return self.history
 
     def train_epoch(self, stop, bar):
@@ -197,7 +192,7 @@ class Trainer:
         "Validate, log, keep the best weights, save."
         started = time.perf_counter()
         self.check_weights()
-        row = dict(epoch=self.epoch + 1, train_loss=self.train_loss()) | self.validation()
+        row = EpochRecord(epoch=self.epoch + 1, train_loss=self.train_loss()) | self.validation()
         self.check_validation(row)
         row["lr"] = self.sched.get_last_lr()[0]
         row["seconds"], row["val_seconds"] = self.position.seconds, time.perf_counter() - started
@@ -211,8 +206,8 @@ class Trainer:
             self.folder.write_log(self.history)
         self.print_epoch(row)
 
-    def record(self, row) -> bool:
-        "Add a row to the log and begin the next epoch; returns whether this one was the best so far."
+    def record(self, row) -> bool:  # whether this epoch was the best so far
+        "Add a row to the log and begin the next epoch."
         decides = self.epoch >= self.contrastive_epochs
         if not decides:
             row["prelude"] = 1
@@ -240,20 +235,9 @@ class Trainer:
 
     # ---- agreement between processes
 
-    def weighted_loss(
-        self,
-        terms,  # pairs (mean, of how many values)
-        own: bool = True,  # False: a batch computed for nothing
-    ) -> tuple:  # loss whose mean over processes is that of the whole batch, and how many values this process has
-        "Weigh this process's terms by its share of all values: means of unequal parts do not average to the whole's."
-        if self.acc.num_processes == 1:
-            return sum(mean for mean, _ in terms), terms[0][1]
-        processes = self.acc.num_processes
-        counts = torch.tensor([float(k) * own for _, k in terms], dtype=torch.float64, device=self.acc.device)
-        totals = self.acc.reduce(counts, "sum")
-        weights = (counts * processes / totals.clamp(min=1)).to(terms[0][0].dtype)
-        loss = sum(mean * weight for (mean, _), weight in zip(terms, weights, strict=True))
-        return loss, totals[0].item() / processes
+    def weighted_loss(self, terms, counted: bool = True) -> tuple:
+        "Loss and number of values of pairs (mean, of how many values), weighed by this process's share."
+        return weighted_loss(self.acc, terms, counted)
 
     def any_rank(self, *wishes) -> list:
         "For each wish whether any process has it. Several processes ask each other at every eighth step."
@@ -268,20 +252,20 @@ class Trainer:
 
     def flush_pending_losses(self):
         "Add up the losses since the last call; raise `ProtmaeError` at the first one that is not finite."
-        for loss, norm, count, step, batches in self.pending.take():
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                self.raise_nonfinite(loss, norm, step, batches)
+        for step in self.pending.read():
+            if not step.is_finite:
+                self.raise_nonfinite(step)
             total, values = self.position.sums
-            self.position.sums = [total + loss * count, values + count]
+            self.position.sums = [total + step.loss * step.count, values + step.count]
 
-    def raise_nonfinite(self, loss, norm, step, batches):
-        "Stop at a loss or gradient that is no number, with the names of what stood in the batches."
-        names = [name for index in batches for name in self.names(dict(index=index))]
+    def raise_nonfinite(self, step):
+        "Stop at a `StepLoss` that is not finite, with the names of what stood in the batches."
+        names = [name for index in step.suspects for name in self.names(dict(index=index))]
         more = f" and {len(names) - 40:,} more" if len(names) > 40 else ""
         raise ProtmaeError(
-            f"loss {loss}, gradient norm {norm} at epoch {self.epoch + 1}, step {step}; "
+            f"loss {step.loss}, gradient norm {step.norm} at epoch {self.epoch + 1}, step {step.step}; "
             f"nothing was written since the last checkpoint. Of the batch: {', '.join(names[:40])}{more}. "
-            f"{self.describe_nonfinite_inputs(batches)}"
+            f"{self.describe_nonfinite_inputs(step.suspects)}"
         )
 
     def describe_nonfinite_inputs(self, batches) -> str:
@@ -294,13 +278,12 @@ class Trainer:
 
     def check_weights(self):
         "Raise `ProtmaeError` unless every weight is a number."
-        for name, parameter in self.model.named_parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            if not torch.isfinite(local).all():
-                raise ProtmaeError(
-                    f"the weights {name} are not finite after epoch {self.epoch + 1}, step {self.step}; "
-                    f"nothing was written since the last checkpoint. Lower lr ({self.config.lr})"
-                )
+        name = first_nonfinite(self.model.named_parameters())
+        if name:
+            raise ProtmaeError(
+                f"the weights {name} are not finite after epoch {self.epoch + 1}, step {self.step}; "
+                f"nothing was written since the last checkpoint. Lower lr ({self.config.lr})"
+            )
 
     def check_validation(self, row):
         "Raise `ProtmaeError` unless the validation gave numbers."
@@ -322,7 +305,7 @@ class Trainer:
             self.folder.save_state(weights, rest)
 
     def load_state(self) -> bool:  # whether there was one
-        "Take up the state of the folder."
+        "Load the state of the folder."
         if self.acc.is_main_process:
             self.folder.recover()
         self.acc.wait_for_everyone()
@@ -352,7 +335,8 @@ class Trainer:
 
     # ---- what is printed
 
-    def say(self, text):
+    def print_once(self, text):
+        "Print in one of the processes."
         if self.acc.is_main_process:
             print(text, flush=True)
 
@@ -364,18 +348,17 @@ class Trainer:
             text += f", {processes} processes{' (FSDP)' if self.is_fsdp else ''}"
         if self.resumed:
             text += f"; going on at epoch {self.epoch + 1}, batch {self.step + 1}"
-        self.say(text)
+        self.print_once(text)
         for warmup, steps in self.schedule.shortened:
-            self.say(
+            self.print_once(
                 f"a warm-up of {self.config.warmup_epochs:g} epochs is too long for {self.config.epochs}: "
                 f"shortened to a tenth, {warmup} of {steps} steps"
             )
 
     def summary(self) -> str:
-        "The best epoch in one line."
-        rows = [row for row in self.history if not row.get("prelude")]
-        best = min(rows, key=self.monitor)
-        return f"{len(self.history)} epochs, the best is epoch {best['epoch']}: {self.line(best)}"
+        "How many epochs there were, and the best one."
+        best = min((row for row in self.history if not row.get("prelude")), key=self.monitor)
+        return f"{len(self.history)} epochs, validation loss {best['val_loss']:.4f} in epoch {best['epoch']}, the best"
 
     def progress(self):
         "A bar over all batches of the run."
@@ -390,11 +373,11 @@ class Trainer:
             return
         recent = [past["seconds"] + past["val_seconds"] for past in self.history[-5:]]
         eta = format_duration((epochs - epoch) * np.mean(recent))
-        self.say(f"epoch {epoch}/{epochs}  train {row['train_loss']:.4f}  {self.line(row)}  ETA {eta}")
+        self.print_once(f"epoch {epoch}/{epochs}  train {row['train_loss']:.4f}  {self.line(row)}  ETA {eta}")
 
     def interrupt(self):
         "Stop: the state is saved already."
-        self.say(
+        self.print_once(
             f"interrupted in epoch {self.epoch + 1} after {self.step} batches; saved in {self.out}; "
             "run it again with resume=True to go on"
         )
