@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import N_PATCHES, ProtmaeError
 from ..data.patches import patch_means
-from .token_layout import fixed_shapes
+from .token_layout import fixed_shapes, token_layout
 from .v5 import real_patches
 
 # %% ../../nbs/lib/models/05_interaction.ipynb #a4c115d0
@@ -53,20 +53,10 @@ class V2ToV5Adapter(nn.Module):
         if pooled is None:
             pooled = patch_means(tokens, lengths, self.patching)
         mask = token_mask(lengths, self.patching)
-        if fixed_shapes(pooled):
-            rows = torch.cat([self.cls_token.expand(len(pooled), -1, -1), self.proj(pooled)], 1)
-            return (rows + self.pos_embed) * mask[..., None]
-        return self._real_patches_only(pooled, mask)
-
-    def _real_patches_only(self, pooled, mask):
-        "The same, computed for real patches only: about a third of the places."
-        B, N, E = len(pooled), N_PATCHES + 1, self.pos_embed.shape[-1]
-        real = mask[:, 1:].flatten().nonzero()[:, 0]
-        protein, place = real // N_PATCHES, real % N_PATCHES + 1
-        rows = self.proj(pooled.flatten(0, 1).index_select(0, real)) + self.pos_embed[0].index_select(0, place)
-        out = rows.new_zeros(B * N, E).index_copy(0, protein * N + place, rows)
-        cls = (self.cls_token[0] + self.pos_embed[0, :1]).expand(B, -1)
-        return out.index_copy(0, N * torch.arange(B), cls.to(out.dtype)).view(B, N, E)
+        patches = token_layout(mask[:, 1:])
+        projected = patches.unpack(self.proj(patches.pack(pooled)))
+        rows = torch.cat([self.cls_token.expand(len(pooled), -1, -1), projected], 1)
+        return (rows + self.pos_embed) * mask[..., None]
 
 # %% ../../nbs/lib/models/05_interaction.ipynb #e540dc7a
 WIDTHS = (8, 16, 24, 32)  # tokens; wider proteins are in the last group

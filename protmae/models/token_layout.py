@@ -25,7 +25,7 @@ def real_positions(
 
 # %% ../../nbs/lib/models/01_token_layout.ipynb #92fd1a93
 def fixed_shapes(
-    x: Tensor,
+    x: Tensor,  # of the batch in question
 ) -> bool:
     "Whether shapes that depend on the data are to be avoided: on a GPU they make the host wait."
     return x.is_cuda
@@ -37,24 +37,13 @@ LONG = 32  # tokens per protein, on average, from which on attention protein by 
 class RaggedTokens:
     "The real tokens of a padded batch, row after row."
 
-    real = None  # every row is a real token
-
     def __init__(
         self,
-        keep: Tensor,  # (B, N) bool: which tokens take part; every protein keeps at least one
+        keep: Tensor,  # (B, N) bool: which places hold a token
+        most: int = None,  # tokens that any protein has at most; not used here
     ):
-        counts = keep.sum(1)
-        self.shape = keep.shape
+        self.keep, self.shape = keep, keep.shape
         self.index = keep.flatten().nonzero()[:, 0]  # (T,)
-        self.width = int(counts.max())
-        protein = self.index // keep.shape[1]
-        self.slot = protein * self.width + (keep.cumsum(1) - 1).flatten()[self.index]  # when packed to the left
-        self.full = bool((counts == self.width).all())
-        long = len(self.index) >= LONG * len(counts)
-        self.each = counts.tolist() if long and not self.full and not keep.is_cuda else None  # attend one by one
-        self.mask = None
-        if not self.full and not self.each:
-            self.mask = real_positions(counts, self.width)[:, None, None]
 
     def pack(self, x: Tensor) -> Tensor:
         "(B, N, ...) -> (T, ...), the kept tokens."
@@ -65,15 +54,42 @@ class RaggedTokens:
         B, N = self.shape
         return rows.new_zeros(B * N, rows.shape[-1]).index_copy(0, self.index, rows).view(B, N, -1)
 
+    def sums(self, rows: Tensor) -> Tensor:
+        "(T, E) -> (B, E), the sum over each protein's tokens."
+        B, N = self.shape
+        return rows.new_zeros(B, rows.shape[1]).index_add(0, self.index // N, rows)
+
+    def only(self, rows: Tensor, chosen: Tensor) -> tuple:
+        "(T, E), (B, N) bool -> rows of the chosen tokens alone, and their layout."
+        places = self.pack(chosen).nonzero()[:, 0]
+        return rows.index_select(0, places), RaggedTokens(self.keep & chosen)
+
+    @functools.cached_property
+    def each(self) -> list | None:
+        "Tokens of each protein, where attention goes protein by protein."
+        counts = self.keep.sum(1).tolist()
+        long = len(self.index) >= LONG * len(counts)
+        return counts if long and len(set(counts)) > 1 and not self.keep.is_cuda else None
+
+    @functools.cached_property
+    def packed(self) -> tuple:
+        "Packed to the left: the largest number of tokens, where each row goes, mask of the real places (None: all)."
+        counts = self.keep.sum(1)
+        width = int(counts.max())
+        slot = self.index // self.shape[1] * width + (self.keep.cumsum(1) - 1).flatten()[self.index]
+        mask = None if bool((counts == width).all()) else real_positions(counts, width)[:, None, None]
+        return width, slot, mask
+
     def attend(self, qkv: Tensor, heads: int, dropout: float = 0.0) -> Tensor:
         "(T, 3E) -> (T, E), multi-head self-attention within each protein."
         if self.each:
             return self._attend_each(qkv, heads, dropout)
-        B, W, E = self.shape[0], self.width, qkv.shape[-1] // 3
-        if not self.full:
-            qkv = qkv.new_zeros(B * W, 3 * E).index_copy(0, self.slot, qkv)
-        out = attend_padded(qkv.view(B, W, 3 * E), heads, self.mask, dropout)
-        return out if self.full else out.index_select(0, self.slot)
+        width, slot, mask = self.packed
+        B, E = self.shape[0], qkv.shape[-1] // 3
+        if mask is None:
+            return attend_padded(qkv.view(B, width, 3 * E), heads, None, dropout)
+        qkv = qkv.new_zeros(B * width, 3 * E).index_copy(0, slot, qkv)
+        return attend_padded(qkv.view(B, width, 3 * E), heads, mask, dropout).index_select(0, slot)
 
     def _attend_each(self, qkv, heads, dropout):
         E = qkv.shape[-1] // 3
@@ -87,7 +103,7 @@ class RaggedTokens:
 # %% ../../nbs/lib/models/01_token_layout.ipynb #e0c893ba
 def attend_padded(
     qkv: Tensor,  # (B, W, 3E) queries, keys and values
-    heads: int,
+    heads: int,  # attention heads
     mask: Tensor,  # (B, 1, 1, W) bool: the real places; None: all
     dropout: float = 0.0,  # on attention weights
 ) -> Tensor:  # (B * W, E)
@@ -97,38 +113,51 @@ def attend_padded(
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).reshape(B * W, E)
 
-# %% ../../nbs/lib/models/01_token_layout.ipynb #eb83768d
+# %% ../../nbs/lib/models/01_token_layout.ipynb #5de5b18e
 class PaddedTokens:
     "Same interface as `RaggedTokens` on padded tokens; no device synchronisation, shapes known beforehand."
 
     def __init__(
         self,
-        keep: Tensor,  # (B, W) bool: which places hold a token
-        index: Tensor = None,  # (B, W) where they lie in `shape`; None: where they are
-        shape: tuple = None,  # (B, N) of the whole batch, where `keep` is a part of it
+        keep: Tensor,  # (B, N) bool: which places hold a token
+        most: int = None,  # tokens that any protein has at most; None: every place may hold one
     ):
-        B, W = keep.shape
-        self.keep, self.shape, self.width = keep, shape or keep.shape, W
-        self.index = torch.arange(B * W, device=keep.device) if index is None else index.flatten()
-        self.real = keep.flatten()[:, None]
+        B, N = keep.shape
+        self.keep, self.shape = keep, keep.shape
+        self.whole = most is None or most >= N
+        row = torch.arange(B, device=keep.device)[:, None] * N
+        place = torch.arange(N, device=keep.device).expand(B, N)
+        if not self.whole:
+            place = (~keep).byte().argsort(dim=1, stable=True)[:, :most]
+        self.index = (row + place).flatten()
+        self.real = keep if self.whole else keep.gather(1, place)  # (B, W) bool, of the places that are left
 
     def pack(self, x: Tensor) -> Tensor:
-        "(B, N, ...) -> (B * N, ...)"
-        return x.flatten(0, 1)
+        "(B, N, ...) -> (B * W, ...)"
+        x = x.flatten(0, 1)
+        return x if self.whole else x.index_select(0, self.index)
 
     def unpack(self, rows: Tensor) -> Tensor:
         "(B * W, E) -> (B, N, E), zeros where nothing was kept."
         B, N = self.shape
-        rows = torch.where(self.real, rows, 0)
-        if (B, N) == self.keep.shape:
+        rows = torch.where(self.real.flatten()[:, None], rows, 0)
+        if self.whole:
             return rows.view(B, N, -1)
         return rows.new_zeros(B * N, rows.shape[-1]).index_copy(0, self.index, rows).view(B, N, -1)
 
+    def sums(self, rows: Tensor) -> Tensor:
+        "(B * W, E) -> (B, E), the sum over each protein's tokens."
+        return (rows.view(*self.real.shape, -1) * self.real[..., None]).sum(1)
+
+    def only(self, rows: Tensor, chosen: Tensor) -> tuple:
+        "All rows as they are: how many are chosen would depend on the data."
+        return rows, self
+
     def attend(self, qkv: Tensor, heads: int, dropout: float = 0.0) -> Tensor:
         "(B * W, 3E) -> (B * W, E), multi-head self-attention within each protein."
-        return attend_padded(qkv.view(*self.keep.shape, -1), heads, self.keep[:, None, None], dropout)
+        return attend_padded(qkv.view(*self.real.shape, -1), heads, self.real[:, None, None], dropout)
 
-# %% ../../nbs/lib/models/01_token_layout.ipynb #2f49b6fc
+# %% ../../nbs/lib/models/01_token_layout.ipynb #990c8697
 @functools.cache
 def _compiled(function):
     return torch.compile(function, dynamic=False)
@@ -137,21 +166,23 @@ def _compiled(function):
 class FlexTokens(RaggedTokens):
     "All proteins in one row, attention by flex_attention. Asks the device once, for the number of tokens."
 
-    def __init__(
-        self,
-        keep: Tensor,  # (B, N) bool
-    ):
+    @property
+    def padding(self) -> int:
+        "Rows behind the last protein."
+        return -len(self.index) % (2048 if self.keep.is_cuda else 128)
+
+    @functools.cached_property
+    def block_mask(self):
+        "Which blocks of flex_attention hold two tokens of one protein."
         from torch.nn.attention.flex_attention import create_block_mask
 
-        self.shape, self.index = keep.shape, keep.flatten().nonzero()[:, 0]
-        self.padding = -len(self.index) % (2048 if keep.is_cuda else 128)
-        protein = F.pad(self.index // keep.shape[1], (0, self.padding), value=-1)
+        protein = F.pad(self.index // self.shape[1], (0, self.padding), value=-1)
 
         def same_protein(batch, head, query, key):
             return protein[query] == protein[key]
 
-        make = _compiled(create_block_mask) if keep.is_cuda else create_block_mask
-        self.mask = make(same_protein, None, None, len(protein), len(protein), device=keep.device)
+        make = _compiled(create_block_mask) if protein.is_cuda else create_block_mask
+        return make(same_protein, None, None, len(protein), len(protein), device=protein.device)
 
     def attend(self, qkv: Tensor, heads: int, dropout: float = 0.0) -> Tensor:
         "(T, 3E) -> (T, E); no dropout, and on a CPU no gradient (torch has neither)."
@@ -162,20 +193,21 @@ class FlexTokens(RaggedTokens):
         padded = F.pad(qkv, (0, 0, 0, self.padding))
         q, k, v = padded.view(1, len(padded), 3, heads, -1).permute(2, 0, 3, 1, 4)
         attention = _compiled(flex_attention) if qkv.is_cuda else flex_attention
-        out = attention(q, k, v, block_mask=self.mask)[0]
+        out = attention(q, k, v, block_mask=self.block_mask)[0]
         return out.transpose(0, 1).flatten(1)[: len(self.index)]
 
-# %% ../../nbs/lib/models/01_token_layout.ipynb #990c8697
+# %% ../../nbs/lib/models/01_token_layout.ipynb #170eef7d
 LAYOUTS = dict(ragged=RaggedTokens, padded=PaddedTokens, flex=FlexTokens)
 
 
 def token_layout(
     keep: Tensor,  # (B, N) bool: which places hold a token
     layout: str = None,  # 'ragged', 'padded' or 'flex'; None: 'padded' on a GPU, else 'ragged'
-):  # an object of that class
+    most: int = None,  # tokens that any protein has at most, where that is known beforehand
+):  # an object of that class; raises `ProtmaeError` for an unknown layout
     "Choose how the tokens of a batch lie in memory."
     if layout is None:
         layout = "padded" if fixed_shapes(keep) else "ragged"
     if layout not in LAYOUTS:
         raise ProtmaeError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout](keep)
+    return LAYOUTS[layout](keep, most)

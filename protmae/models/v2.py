@@ -73,21 +73,13 @@ class TransformerMAE(nn.Module):
 
     def forward_decoder(self, rows: Tensor, tokens, mask: Tensor = None) -> Tensor:
         "Tokens (T, E) -> reconstruction (B, L, D); with `mask` (B, L) of its positions alone, where shapes may vary."
-        if mask is None or tokens.real is not None:
-            return tokens.unpack(self.decoder(rows))
-        masked = tokens.pack(mask).nonzero()[:, 0]
-        rebuilt = self.decoder(rows.index_select(0, masked))
-        out = rebuilt.new_zeros(mask.numel(), rebuilt.shape[1])
-        return out.index_copy(0, tokens.index.index_select(0, masked), rebuilt).view(*mask.shape, -1)
+        if mask is not None:
+            rows, tokens = tokens.only(rows, mask)
+        return tokens.unpack(self.decoder(rows))
 
     def compress(self, rows: Tensor, tokens, lengths: Tensor) -> Tensor:
         "Tokens (T, E) -> (B, D), from the mean over each protein's real positions."
-        B, L = tokens.shape
-        if tokens.real is not None:
-            total = (rows * tokens.real).view(B, L, -1).sum(1)
-        else:
-            total = rows.new_zeros(B, rows.shape[1]).index_add(0, tokens.index // L, rows)
-        return self.compress_head(total / lengths[:, None])
+        return self.compress_head(tokens.sums(rows) / lengths[:, None])
 
     def tokens(self, x: Tensor, lengths: Tensor) -> Tensor:
         "(B, L, D), (B,) -> (B, L, E), nothing masked, zeros on padding: what the V5.2 adapter builds on."

@@ -14,7 +14,7 @@ from ..core import DIM, MAX_LEN, N_PATCHES, ProtmaeError
 from ..data.patches import n_patches, patch_bounds, patch_means
 from .layers import encoder, run_encoder
 from .masking import mask_counts, random_mask
-from .token_layout import PaddedTokens, RaggedTokens, fixed_shapes, token_layout
+from .token_layout import fixed_shapes, token_layout
 from .v2 import check_input
 
 # %% ../../nbs/lib/models/04_v5.ipynb #60a53d85
@@ -101,37 +101,14 @@ class MAEEncoder(nn.Module):
     ) -> tuple:
         """(B, 47, D), (B,), (B, 47) bool -> tokens (T, E) of CLS and the visible patches, and their layout.
 
-        No other patch is touched. With fixed shapes no protein may have more than `most` visible patches.
+        No other patch is touched. No protein may have more than `most` visible patches.
         """
-        if layout is None:
-            layout = "padded" if fixed_shapes(visible) else "ragged"
-        embed = self._embed_padded if layout == "padded" else self._embed_ragged
-        rows, tokens = embed(pooled, lengths, visible, most)
-        return run_encoder(self.encoder, rows, tokens), tokens
-
-    def _embed_ragged(self, pooled, lengths, visible, most):
-        "CLS and visible patches, row after row."
-        seen = visible.flatten().nonzero()[:, 0]
-        starts, ends = (bound.flatten()[seen] for bound in patch_bounds(lengths, self.patching))
-        patches = self.patch_embed(pooled.flatten(0, 1)[seen]) + mean_rows(self.pos_embed[0], starts, ends)
-        tokens = RaggedTokens(F.pad(visible, (1, 0), value=True))
-        is_cls = tokens.index % (N_PATCHES + 1) == 0
-        rows = patches.new_empty(len(tokens.index), patches.shape[1])
-        cls = self.cls_token[0].to(rows.dtype).expand(len(lengths), -1)
-        rows = rows.index_copy(0, is_cls.nonzero()[:, 0], cls)
-        return rows.index_copy(0, (~is_cls).nonzero()[:, 0], patches), tokens
-
-    def _embed_padded(self, pooled, lengths, visible, most):
-        "CLS and the first `most` places of each protein, with its visible patches in front."
-        order = (~visible).byte().argsort(dim=1, stable=True)[:, :most]  # (B, most)
-        chosen = pooled.gather(1, order[..., None].expand(-1, -1, pooled.shape[-1]))
-        starts, ends = (bound.gather(1, order) for bound in patch_bounds(lengths, self.patching))
-        patches = self.patch_embed(chosen) + mean_rows(self.pos_embed[0], starts, ends)
-        rows = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], 1)
-        B, N = visible.shape
-        place = F.pad(order + 1, (1, 0)) + (N + 1) * torch.arange(B, device=order.device)[:, None]
-        keep = F.pad(visible.gather(1, order), (1, 0), value=True)
-        return rows.flatten(0, 1), PaddedTokens(keep, place, (B, N + 1))
+        patches = token_layout(visible, layout, most)
+        starts, ends = (patches.pack(bound) for bound in patch_bounds(lengths, self.patching))
+        embedded = self.patch_embed(patches.pack(pooled)) + mean_rows(self.pos_embed[0], starts, ends)
+        with_cls = torch.cat([self.cls_token.expand(len(pooled), -1, -1), patches.unpack(embedded)], 1)
+        tokens = token_layout(F.pad(visible, (1, 0), value=True), layout, most + 1)
+        return run_encoder(self.encoder, tokens.pack(with_cls), tokens), tokens
 
     def forward(
         self,
@@ -184,15 +161,10 @@ class MAEV5(nn.Module):
 
     def forward_decoder(self, rows: Tensor, seen, real: Tensor, layout: str = None) -> Tensor:
         "Encoded tokens (T, E) with their layout, real patches (B, 47) bool -> reconstruction (B, 47, D)."
+        visible = seen.unpack(self.decoder_embed(rows))
+        everywhere = torch.where(seen.keep[..., None], visible, self.mask_token) + self.decoder_pos
         tokens = token_layout(F.pad(real, (1, 0), value=True), layout)
-        B, N = tokens.shape
-        everywhere = rows.new_zeros(B * N, self.mask_token.shape[-1]) + self.mask_token[0].to(rows.dtype)
-        visible = self.decoder_embed(rows)
-        if seen.real is not None:
-            visible = torch.where(seen.real, visible, self.mask_token[0].to(visible.dtype))
-        everywhere = torch.index_copy(everywhere, 0, seen.index, visible.to(everywhere.dtype))
-        placed = everywhere.view(B, N, -1) + self.decoder_pos
-        rebuilt = self.head(run_encoder(self.decoder, tokens.pack(placed), tokens))
+        rebuilt = self.head(run_encoder(self.decoder, tokens.pack(everywhere), tokens))
         return tokens.unpack(rebuilt)[:, 1:]
 
     def forward(
