@@ -93,7 +93,6 @@ class UniRep:
             return to_mkldnn(layer)
         return layer.to(self.device)
 
-    @torch.no_grad()
     def embed(
         self,
         sequences: list[str],  # upper-case amino-acid letters
@@ -101,19 +100,27 @@ class UniRep:
         "Hidden states after each residue."
         if not sequences:
             return []
+        states, order, lengths = self.states(sequences)
+        results = [None] * len(order)
+        for column, i in enumerate(order):
+            results[i] = states[: lengths[column], column].cpu().numpy()
+        return results
+
+    @torch.no_grad()
+    def states(
+        self,
+        sequences: list[str],  # upper-case amino-acid letters; at least one
+    ) -> tuple:  # (longest, B, dim), the place of each column's sequence in the list, the columns' lengths
+        "Hidden states after each residue, left on the device: a column for each sequence, the longest first."
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         lengths = np.array([len(sequences[i]) for i in order])
         tokens = np.zeros((lengths[0] + 1, len(order)), np.int64)
         tokens[0] = START
         for column, i in enumerate(order):
             tokens[1 : lengths[column] + 1, column] = [LETTERS[letter] for letter in sequences[i]]
-        states = self._states(torch.from_numpy(tokens).to(self.device), lengths)
-        results = [None] * len(order)
-        for column, i in enumerate(order):
-            results[i] = states[: lengths[column], column].cpu().numpy()
-        return results
+        return self._run(torch.from_numpy(tokens).to(self.device), lengths), order, lengths
 
-    def _states(self, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+    def _run(self, tokens: Tensor, lengths: np.ndarray) -> Tensor:
         "Tokens (longest + 1, B), longest sequence first -> hidden states behind each residue (longest, B, H)."
         H, B = self.dim, len(lengths)
         h, c = (torch.zeros(B, H, device=self.device) for _ in range(2))

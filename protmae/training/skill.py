@@ -9,34 +9,38 @@ __all__ = ['interpolate', 'Skill']
 import torch
 from torch import Tensor
 
-# %% ../../nbs/lib/training/01_skill.ipynb #0aa4da03
+from ..models.token_layout import fixed_shapes
+
+# %% ../../nbs/lib/training/01_skill.ipynb #189356d1
 def interpolate(
     x: Tensor,  # (B, N, D)
     visible: Tensor,  # (B, N) bool: real and not masked
 ) -> Tensor:  # (B, N, D); rows without a visible position are 0
     "Linear interpolation along N between visible neighbours; constant beyond the outermost."
     B, N, _ = x.shape
-    pos = torch.arange(N, device=x.device).expand(B, N)
-    left = torch.where(visible, pos, -1).cummax(1).values
-    right = torch.where(visible, pos, N).flip(1).cummin(1).values.flip(1)
+    position = torch.arange(N, device=x.device).expand(B, N)
+    left = torch.where(visible, position, -1).cummax(1).values  # -1: nothing is visible there
+    right = torch.where(visible, position, N).flip(1).cummin(1).values.flip(1)  # N: nothing is visible there
     left, right = torch.where(left < 0, right, left), torch.where(right >= N, left, right)
-    some = visible.any(1)[:, None, None]
     left, right = left.clamp(0, N - 1), right.clamp(0, N - 1)
-    w = ((pos - left) / (right - left).clamp(min=1))[..., None].to(x.dtype)
+    weight = ((position - left) / (right - left).clamp(min=1))[..., None].to(x.dtype)
+    at_left, at_right = (x.gather(1, i[..., None].expand_as(x)) for i in (left, right))
+    return torch.where(visible.any(1)[:, None, None], at_left * (1 - weight) + at_right * weight, 0.0)
 
-    def take(i):
-        return x.gather(1, i[..., None].expand_as(x))
+# %% ../../nbs/lib/training/01_skill.ipynb #0506bdc7
+def _errors_on_masked(guesses, x, mask):
+    "Squared errors on masked positions, and how many values there are; nothing waits for their number."
+    everywhere = [(guess - x).float().square().sum(-1) * mask for guess in guesses]
+    return [*(errors.double().sum() for errors in everywhere), mask.sum().double() * x.shape[-1]]
 
-    return torch.where(some, take(left) * (1 - w) + take(right) * w, 0.0)
 
-# %% ../../nbs/lib/training/01_skill.ipynb #36f95a9c
 class Skill:
-    "Sums of squared errors of a model and of the baselines, over as many batches as one likes."
+    "Squared errors of a model and of the three baselines, summed over batches."
 
     names = ("skill", "skill_mean", "skill_visible")
 
     def __init__(self):
-        self.sums = torch.zeros(5, dtype=torch.float64)
+        self.sums = torch.zeros(5, dtype=torch.float64)  # squared errors of model and baselines, number of values
 
     def add(
         self,
@@ -46,19 +50,23 @@ class Skill:
         real: Tensor,  # (B, N) bool: not padding
     ):
         "Count one batch."
-        vis = real & ~mask
-        mean = (x * vis[..., None]).sum(1) / vis.sum(1).clamp(min=1)[:, None]
+        visible = real & ~mask
+        mean = (x * visible[..., None]).sum(1) / visible.sum(1).clamp(min=1)[:, None]
+        if fixed_shapes(mask):
+            guesses = reconstruction, interpolate(x, visible), torch.zeros_like(x), mean[:, None]
+            self.sums = self.sums.to(x.device) + torch.stack(_errors_on_masked(guesses, x, mask))
+            return
         truth = x[mask].float()
-        guesses = reconstruction[mask], interpolate(x, vis)[mask], 0.0, mean[:, None].expand_as(x)[mask]
-        sums = torch.stack(
-            [(g - truth).double().square().sum() for g in guesses]
-            + [torch.tensor(float(truth.numel()), dtype=torch.float64, device=x.device)]
-        )
-        self.sums = self.sums.to(x.device) + sums
+        guesses = reconstruction[mask], interpolate(x, visible)[mask], 0.0, mean[:, None].expand_as(x)[mask]
+        errors = [(guess - truth).double().square().sum() for guess in guesses]
+        count = torch.tensor(float(truth.numel()), dtype=torch.float64, device=x.device)
+        self.sums = self.sums.to(x.device) + torch.stack([*errors, count])
 
     def result(self) -> dict:  # mse and the three skills
-        "What the sums come to."
-        m, *base, n = self.sums.tolist()
-        return dict(mse=m / max(n, 1)) | {
-            k: 1 - m / b if b > 0 else 0.0 for k, b in zip(self.names, base, strict=False)
+        "The skills over all batches; 0 against a baseline without error."
+        model, *baselines, count = self.sums.tolist()
+        skills = {
+            name: 1 - model / baseline if baseline > 0 else 0.0
+            for name, baseline in zip(self.names, baselines, strict=True)
         }
+        return dict(mse=model / max(count, 1)) | skills

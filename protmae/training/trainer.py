@@ -52,6 +52,8 @@ class Trainer:
         if not int(os.environ.get("RANK", 0)):  # one process decides for all
             self.folder.claim(settings, facts, resume)
         gpu = torch.cuda.is_available() and not cpu  # Apple's MPS has no float64, which the sums need
+        if gpu:  # cuDNN's attention plans anew for each shape, and gave NaN gradients at such widths (pytorch #196678)
+            torch.backends.cuda.enable_cudnn_sdp(False)
         unused = getattr(config, "compress_weight", None) == 0  # V2's compressed vector gets no gradient then
         self.acc = Accelerator(
             cpu=not gpu,
