@@ -25,7 +25,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from ..core import ProtmaeError, check_number, seed_for
 from ..utils.files import atomic
-from .report import page, plot, table
+from .pages import Table, page, plot
 from .theme import OKABE_ITO
 
 # %% ../../nbs/lib/viz/04_projection.ipynb #ce47a6a6
@@ -349,7 +349,7 @@ def umap_page(
             *(f"<p>{html.escape(r)}</p>" for r in remarks),
             *_maps(fig, info),
             "<h2>How far to trust it</h2>",
-            table([{k.replace("_", " "): v for k, v in r.items()} for r in rows]),
+            Table([{k.replace("_", " "): v for k, v in r.items()} for r in rows]),
         ],
     )
 
