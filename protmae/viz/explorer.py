@@ -168,7 +168,7 @@ class Explorer:
                 self.fresh[name] = untrained(self.meta)
             both = dict(trained=self.model, untrained=self.fresh[name])
             errors = ratio_errors(both, self.protein, seed=self.seed_box.value)
-            title = f"{html.escape(self.protein.id)}, {html.escape(name)}, seed {self.seed_box.value}"
+            title = f"{self.protein.id}, {name}, seed {self.seed_box.value}"
             self.ratio_box.children = (ratio_figure(errors, title=title, figure=go.FigureWidget),)
         finally:
             self.ratio_button.disabled = False

@@ -287,7 +287,7 @@ def ratio_figure(
         )
     fig.update_xaxes(title_text="share hidden", tickformat=".0%", range=[0, 1])
     fig.update_yaxes(title_text="mean squared error where hidden (variances)", rangemode="tozero")
-    heading = dict(text=title, x=0, xref="paper", xanchor="left", font_size=14)
+    heading = dict(text=html.escape(title), x=0, xref="paper", xanchor="left", font_size=14)
     return fig.update_layout(
         template="plotly_white", autosize=True, height=380, margin=dict(t=50, b=50, l=70), title=heading
     )
