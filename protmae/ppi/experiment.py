@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'SMALL', 'papermill_command', 'chosen_split', 'run_baselines', 'encoder_checkpoint',
-           'untrained_checkpoint', 'run_network', 'result_table', 'test_scores']
+           'untrained_checkpoint', 'run_network', 'demo_systems', 'result_table', 'test_scores']
 
 # %% ../../nbs/lib/ppi/11_experiment.ipynb #6ade72f7
 import json
@@ -18,6 +18,9 @@ import torch
 from ..core import ProtmaeError
 from ..models.hub import build, load_model, save_model
 from .baselines import BASELINES
+from .leakage import degree_scores
+from .metrics import auroc
+from .pairs import read_pairs
 from .results import evaluate_baseline, evaluate_test_split, read_test_result
 from .splits import load_split, make_split, subsample_train
 from .training import PPITrainer, best_epoch, ppi_run_dir
@@ -166,6 +169,26 @@ def run_network(
         best = best_epoch(run.history)
         print(f"validation AUROC {best['val_auroc']:.4f} in epoch {best['epoch']}; the test pairs were not looked at")
     return run
+
+# %% ../../nbs/lib/ppi/11_experiment.ipynb #9b1f9d6c
+def demo_systems(
+    store,  # the synthetic `EmbeddingStore`, with its pairs beside it
+    runs,  # folder of all runs
+) -> list:  # folders of a V2 and a V5, pretrained for a moment
+    "Four small systems on synthetic pairs, tested on C3; those that are there already are kept."
+    pairs = read_pairs(store.path.with_suffix(".pairs.tsv"), store)
+    split = make_split(pairs, "C3", 0, store=store)
+    degree_auroc = round(auroc(pairs.label[split.test], degree_scores(pairs, split)["test"]), 4)
+    folders = []
+    for arch in ("v5.2", "v5"):
+        checkpoint, small = encoder_checkpoint(arch, None, store, runs)
+        folders.append(checkpoint.parent)
+        about = dict(degree_auroc=degree_auroc, command=f"papermill 04_train_ppi.ipynb out.ipynb -p arch {arch}")
+        run_network(arch, checkpoint, store, pairs, split, runs, settings=small | dict(epochs=1), **about)
+    vectors = dict(embedding=store.moments()[0])
+    for name in ("degree", "logistic"):
+        run_baselines(name, "embedding", None, vectors, store, pairs, split, runs, degree_auroc=degree_auroc)
+    return folders
 
 # %% ../../nbs/lib/ppi/11_experiment.ipynb #4361033c
 def result_table(

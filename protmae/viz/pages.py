@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONG_TEXT', 'PANEL_REM', 'COUNTER', 'TAGS', 'ATTRIBUTES', 'TEMPLATES', 'PLOTLY', 'Table', 'side_by_side',
-           'packed_plotly', 'figure_html', 'plot', 'clean_markup', 'page', 'read_notebook', 'markdown_text',
+           'packed_plotly', 'figure_html', 'clean_markup', 'page', 'paragraphs', 'read_notebook', 'markdown_text',
            'html_text', 'write_page']
 
 # %% ../../nbs/lib/viz/03_pages.ipynb #bfb7af3b
@@ -41,9 +41,11 @@ class Table:
 
     @staticmethod
     def text(value) -> str:
-        "A number to four digits; nothing for a missing value."
+        "A number to four digits, yes or no; nothing for a missing value."
         if value is None or value is pd.NA or value != value:
             return ""
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
         if isinstance(value, int | np.integer):
             return f"{value:,}"
         return f"{value:,.4g}" if isinstance(value, float | np.floating) else str(value)
@@ -99,7 +101,6 @@ COUNTER = itertools.count(1)  # names the figures of a page
 def figure_html(
     figure: dict,  # plotly's `data` and `layout`, and its `config` if there is any
     name: str = "",  # id of its element; empty: one that no other figure has
-    script: str = "",  # JavaScript to run once it is drawn; {plot_id} stands for the id
 ) -> str:
     "A figure for a page."
     name = name or f"figure{next(COUNTER)}"
@@ -110,23 +111,9 @@ def figure_html(
     figure = figure | dict(config=dict(responsive=True, displaylogo=False) | figure.get("config", {}))
     data = json.dumps(figure).replace("<", "\\u003c")
     box = f'<div id="{name}" data-min="{width}" style="min-width:{width};height:{layout.get("height") or 450}px"></div>'
-    text = (
+    return (
         f'<div class="plot">{box}</div><script type="application/json" class="figure" data-of="{name}">{data}</script>'
     )
-    if script:
-        run = script.replace("{plot_id}", name)
-        text += f"<script>document.getElementById('{name}').addEventListener('drawn', () => {{ {run} }});</script>"
-    return text
-
-# %% ../../nbs/lib/viz/03_pages.ipynb #0938a5b8
-def plot(
-    figure,  # plotly figure
-    name: str,  # id of its element
-    config: dict | None = None,  # more of plotly's configuration
-    script: str = "",  # JavaScript to run once it is drawn; {plot_id} stands for the id
-) -> str:
-    "A plotly figure for `page`."
-    return figure_html(json.loads(figure.to_json()) | dict(config=config or {}), name, script)
 
 # %% ../../nbs/lib/viz/03_pages.ipynb #1fbd0d06
 TAGS = set("a b br caption code dd div dl dt em h1 h2 h3 h4 hr i li ol p pre span strong sub sup table".split())
@@ -161,11 +148,21 @@ def page(
     from plotly.graph_objects import Figure
 
     texts = [part._repr_html_() if isinstance(part, Table) else part for part in parts]
-    texts = [plot(part, f"plot{k}") if isinstance(part, Figure) else part for k, part in enumerate(texts)]
+    texts = [
+        figure_html(json.loads(part.to_json()), f"plot{k}") if isinstance(part, Figure) else part
+        for k, part in enumerate(texts)
+    ]
     plotly = packed_plotly() if any('class="figure"' in text for text in texts) else ""
     template = Environment(loader=FileSystemLoader(TEMPLATES / "report")).get_template("page.html.j2")
     with atomic(path) as tmp:
         Path(tmp).write_text(template.render(title=title, parts=texts, plotly=plotly), encoding="utf-8")
+
+# %% ../../nbs/lib/viz/03_pages.ipynb #37c577f5
+def paragraphs(
+    sentences,  # plain texts
+) -> str:
+    "Texts as HTML paragraphs, escaped."
+    return "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences if sentence)
 
 # %% ../../nbs/lib/viz/03_pages.ipynb #1c1ba4be
 def read_notebook(

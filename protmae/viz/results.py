@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_BREAK', 'FAMILIES', 'with_interval', 'star', 'difference_text', 'pivot', 'auroc_text', 'systems_table', 'family',
-           'dots', 'wrapped', 'differences_figure', 'answer_lines', 'one_run_each', 'question_table',
-           'validation_table', 'pretraining_table', 'runs_table', 'again_table', 'curve_table']
+           'wrapped', 'dots', 'differences_figure']
 
 # %% ../../nbs/lib/viz/05_results.ipynb #ba7721d6
 import html
@@ -15,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..analysis.statistics import rerun_groups, split_name, split_order
+from ..analysis.statistics import split_name, split_order
 from ..ppi.experiment import NETWORKS
 from .pages import Table
 from .theme import OKABE_ITO
@@ -71,7 +70,7 @@ def auroc_text(
 ) -> str:
     "AUROC, the mean ends of its seeds' intervals, and the number of seeds unless it is three."
     seeds = "" if len(row.each) == 3 else f" {len(row.each)} seeds"
-    return with_interval(row.auroc, row.interval, ".3f").replace(" to ", "–") + star(row) + seeds
+    return with_interval(row.auroc, row.interval, ".3f").replace(f"{NO_BREAK}to{NO_BREAK}", "–") + star(row) + seeds
 
 # %% ../../nbs/lib/viz/05_results.ipynb #c9736e8a
 def systems_table(
@@ -98,7 +97,7 @@ def systems_table(
     )
 
 # %% ../../nbs/lib/viz/05_results.ipynb #5c9bf578
-FAMILIES = dict(network=("diamond", OKABE_ITO[5]), baseline=("circle", OKABE_ITO[0]), degree=("square", OKABE_ITO[1]))
+FAMILIES = dict(network=("diamond", OKABE_ITO[0]), baseline=("circle", OKABE_ITO[1]), degree=("square", OKABE_ITO[6]))
 
 
 def family(
@@ -108,6 +107,14 @@ def family(
     if arch in NETWORKS:
         return "network"
     return "degree" if arch == "degree" else "baseline"
+
+# %% ../../nbs/lib/viz/05_results.ipynb #5c964533
+def wrapped(
+    text: str,
+    width: int = 20,  # letters
+) -> str:
+    "A label over several lines, for a figure; escaped."
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(text, width)) or text
 
 # %% ../../nbs/lib/viz/05_results.ipynb #22e5896b
 def _errors(values, intervals):
@@ -123,7 +130,7 @@ def dots(
     means = {row.system: [] for row in rows}
     for row in rows:
         means[row.system].append(row.auroc)
-    order = sorted(means, key=lambda system: np.mean(means[system]))
+    order = sorted(means, key=lambda system: (len(means[system]) == len(kinds), np.mean(means[system])))
     titles = [f"{split_name(kind)} split" for kind in kinds]
     figure = make_subplots(1, len(kinds), shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=titles)
     shown = set()
@@ -150,22 +157,19 @@ def dots(
             )
             shown.add(name)
         figure.add_vline(0.5, row=1, col=column, line=dict(color="#999999", width=1, dash="dot"))
-    names = [html.escape(system) for system in order]
+    names = [wrapped(system) for system in order]
     figure.update_xaxes(title="AUROC")
     figure.update_yaxes(tickvals=list(range(len(order))), ticktext=names, range=[-0.6, len(order) - 0.4])
     legend = dict(orientation="h", yref="container", y=0, yanchor="bottom")
     margin = dict(l=10, r=10, t=40, b=90)
-    return figure.update_layout(template="plotly_white", height=160 + 26 * len(order), margin=margin, legend=legend)
+    return figure.update_layout(
+        template="plotly_white",
+        height=160 + 15 * sum(name.count("<br>") + 2 for name in names),
+        margin=margin,
+        legend=legend,
+    )
 
-# %% ../../nbs/lib/viz/05_results.ipynb #5c964533
-def wrapped(
-    text: str,
-    width: int = 20,  # letters
-) -> str:
-    "A label over several lines, for a figure; escaped."
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(text, width)) or text
-
-
+# %% ../../nbs/lib/viz/05_results.ipynb #dd89b93c
 def differences_figure(
     groups: dict,  # name of a group -> {label: (difference, low, high)}
     title: str,  # of the axis
@@ -195,179 +199,3 @@ def differences_figure(
     legend = dict(orientation="h", y=1.02, yanchor="bottom", x=0)
     height, margin = 130 + 12 * len(labels) + 20 * lines, dict(l=10, r=10, t=40, b=10)
     return figure.update_layout(template="plotly_white", height=height, margin=margin, legend=legend)
-
-# %% ../../nbs/lib/viz/05_results.ipynb #74904e13
-def answer_lines(
-    study,  # `StudyResults`
-    strict: str = "C3",  # the split without a shared protein
-) -> list:  # of sentences; at most five
-    "What the intervals say about the reference system."
-    reference, lines = study.reference, []
-    for split, words in ((strict, "no protein of a test pair was trained on"), ("own", "proteins are shared")):
-        row = study.tested(reference, split)
-        if row is None or not row.mean_difference:
-            continue
-        baseline = study.tested(row.best_baseline, split)
-        verdicts = {"not distinguishable": f"not distinguishable from {baseline.system}"}
-        lines.append(
-            f"Where {words} ({split_name(split)} split), {reference} reaches an AUROC of {row.auroc:.3f}. "
-            f"The best baseline, {baseline.system}, reaches {baseline.auroc:.3f}. {reference} is "
-            f"{verdicts.get(row.verdict, f'{row.verdict} than it')}: "
-            f"{with_interval(row.mean_difference[0], row.mean_difference[1:])}."
-        )
-    for row in study.asked:
-        if row.split == strict and row.system == f"{row.one} untrained" and len(lines) < 4:
-            lines.append(
-                f"Pretraining adds {with_interval(row.mean, row.interval)} to {row.one} over the same network with "
-                f"random weights ({split_name(strict)} split)."
-            )
-    best = max((row for row in study.test if row.kind == strict), key=lambda row: row.auroc, default=None)
-    if best:
-        lines.append(
-            f"The highest AUROC on the {split_name(strict)} split is {with_interval(best.auroc, best.interval, '.3f')}, "
-            f"of {best.system}."
-        )
-    return lines or ["Nothing has been tested yet."]
-
-# %% ../../nbs/lib/viz/05_results.ipynb #af1d6f11
-def one_run_each(
-    rows,  # records of a study
-    study,  # `StudyResults`
-) -> list:  # without further runs of the same settings and their averages, which `runs_table` shows
-    "One run of each system."
-    groups = rerun_groups(study.settings) if study.settings else {}
-    further = {member for members in groups.values() for member in members[1:]} | set(groups)
-    return [row for row in rows if row.system not in further]
-
-# %% ../../nbs/lib/viz/05_results.ipynb #ef102872
-def question_table(
-    study,  # `StudyResults`
-    split: str = "C3",
-    tested: bool = True,  # questions that the test pairs answer too; False: those of validation pairs alone
-) -> Table:
-    "A row for each question: one system minus another, on validation pairs and on test pairs."
-    answers = {(row.question, row.one, row.system): row for row in study.asked if row.split == split}
-    rows = []
-    for question, one, other in study.questions:
-        answer = answers.get((question, one, other))
-        each = study.validation_difference(one, other, split)
-        if (answer is not None) != tested or not (each or answer):
-            continue
-        kept = any(v.kept for v in (study.validated(one, split), study.validated(other, split)) if v)
-        same_sign = len(each) > 2 and (min(each) > 0 or max(each) < 0)
-        row = {"question": question, "systems": f"{one} − {other}", "validation": ""}
-        if each:
-            row["validation"] = f"{np.mean(each):+.3f}{'*' if kept else ''}{' in all' if same_sign else ''}"
-        if answer is not None:
-            row["test"] = difference_text(answer)
-        rows.append(row)
-    return Table(rows)
-
-# %% ../../nbs/lib/viz/05_results.ipynb #950a465c
-def validation_table(
-    study,  # `StudyResults`
-    split: str = "C3",
-) -> Table:
-    "A row for each system on the validation pairs, and what its encoder cost and is worth as a reconstruction."
-    encoders = {row["encoder"].rstrip("*"): row for row in pretraining_table(study).frame.to_dict("records")}
-    rows = []
-    here = one_run_each([v for v in study.validation if v.split == split], study)
-    for row in sorted(here, key=lambda v: -v.mean):
-        each = study.validation_difference(row.system, study.reference, split)
-        encoder = encoders.get(row.encoder, {})
-        is_reference = row.system == study.reference
-        rows.append(
-            {
-                "system": row.system + star(row),
-                "validation AUROC": f"{row.mean:.3f}",
-                "each seed": NO_BREAK.join(f"{seed.auroc:.3f}" for seed in row.each),
-                f"minus {study.reference}": "" if is_reference or not each else f"{np.mean(each):+.3f}",
-                "pretraining, epochs": encoder.get("epochs", ""),
-                "pretraining, seconds": encoder.get("seconds", ""),
-                "skill": encoder.get("skill against interpolation", ""),
-            }
-        )
-    return Table(rows)
-
-# %% ../../nbs/lib/viz/05_results.ipynb #13399eaf
-def pretraining_table(
-    study,  # `StudyResults`
-) -> Table:
-    "A row for each encoder, over the protein sets it was trained on."
-    rows = []
-    for name in dict.fromkeys(row.encoder for row in study.pretraining):
-        runs = [row for row in study.pretraining if row.encoder == name]
-        mean = {key: float(np.mean([getattr(run, key) for run in runs])) for key in ("seconds", "skill", "skill_mean")}
-        rows.append(
-            {
-                "encoder": name + max(map(star, runs)),
-                "runs": len(runs),
-                "parameters": f"{runs[0].parameters:,}",
-                "epochs": runs[0].epochs,
-                "seconds": f"{mean['seconds']:,.0f}",
-                "skill against interpolation": f"{mean['skill']:+.3f}",
-                "skill against the mean": f"{mean['skill_mean']:+.3f}",
-            }
-        )
-    return Table(rows)
-
-# %% ../../nbs/lib/viz/05_results.ipynb #57715410
-def runs_table(
-    study,  # `StudyResults`
-) -> Table:
-    "Test AUROC of several runs of the same settings, and the first system minus the others."
-    rows = []
-    for row in study.runs:
-        first = study.runs[0]
-        same = row is not first and (first.split, first.seeds, first.kept) == (row.split, row.seeds, row.kept)
-        mean, half = first.minus(row) if same else (None, None)
-        rows.append(
-            {
-                "system": row.system + star(row),
-                "split": split_name(row.split),
-                "each run": "; ".join(NO_BREAK.join(f"{x:.3f}" for x in runs) for runs in row.runs),
-                "mean": f"{row.mean:.3f}",
-                "sd between runs": f"{row.sd:.3f}",
-                "logits averaged": "" if row.averaged is None else f"{row.averaged:.3f}",
-                f"{first.system} minus it": with_interval(mean, (mean - half, mean + half)) if same else "",
-            }
-        )
-    return Table(rows)
-
-# %% ../../nbs/lib/viz/05_results.ipynb #65a7f803
-def again_table(
-    study,  # `StudyResults`
-    split: str = "C3",
-) -> Table:
-    "Systems that several reports have trained anew: AUROC in each report, and what the reference has over them."
-    found = {}
-    for row in one_run_each([row for row in study.test if row.kind == split and row.was], study):
-        earlier = {commit: {seed["seed"]: seed["auroc"] for seed in seeds} for commit, seeds in row.was.items()}
-        found[row.system] = earlier | {row.kept or "now": {seed.seed: seed.auroc for seed in row.each}}
-    times = list(dict.fromkeys(time for scores in sorted(found.values(), key=len, reverse=True) for time in scores))
-    reference, rows = found.get(study.reference, {}), []
-    for system, scores in found.items():
-        row = {"system": system} | {time: "" for time in times}
-        row |= {time: f"{np.mean(list(seeds.values())):.3f}" for time, seeds in scores.items()}
-        steps = []
-        for time in (time for time in times if time in scores and time in reference and system != study.reference):
-            both = scores[time].keys() & reference[time].keys()
-            steps.append(np.mean([reference[time][seed] - scores[time][seed] for seed in both]))
-        rows.append(row | {f"{study.reference} minus it": NO_BREAK.join(f"{step:+.3f}" for step in steps)})
-    return Table(rows)
-
-# %% ../../nbs/lib/viz/05_results.ipynb #7248217f
-def curve_table(
-    study,  # `StudyResults`
-) -> Table:
-    "Validation AUROC with fewer training pairs."
-    shares = sorted({share for curve in study.learning for share in curve.shares})
-    rows = []
-    for curve in study.learning:
-        means = dict(zip(curve.shares, curve.means, strict=True))
-        row = {"system": curve.system + star(curve), "split": split_name(curve.split)}
-        row |= {f"{share:.0%} of the pairs": f"{means[share]:.3f}" if share in means else "" for share in shares}
-        row["per doubling"] = f"{np.mean(curve.slopes):+.4f}"
-        row["each seed"] = NO_BREAK.join(f"{slope:+.4f}" for slope in curve.slopes)
-        rows.append(row)
-    return Table(rows)
