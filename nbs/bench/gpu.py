@@ -31,7 +31,7 @@ from loops import Data, PretrainLoop
 from memory import TINY_SIZES, lengths_of, real_store, sparse_store
 from peers import TINY_PEER_V2, TINY_PEER_V5, PlainV2, PlainV5, adamw, update, vitmae, vitmae_loss
 
-from protmae.analysis.flops import flops_v2, flops_v5
+from protmae.analysis.flops import training_flops
 from protmae.core import MAX_LEN, N_PATCHES, PATCH_SIZE, seed_for
 from protmae.data.store import EmbeddingStore
 from protmae.models.classifier import IdentityEncoder
@@ -185,7 +185,7 @@ class Bench:
 
     def v5_rates(self, batch, seconds, model, proteins) -> dict:
         "What follows from the seconds of a step."
-        flops = flops_v5(model, self.v5_lengths[proteins])
+        flops = training_flops(model, self.v5_lengths[proteins])
         figures = dict(batch=batch, step_ms=1e3 * seconds, proteins_per_s=batch / seconds)
         figures |= dict(gflop_per_protein=flops / 1e9)
         figures["minutes_for_100_epochs_of_20000"] = 100 * -(-MANY // batch) * seconds / 60
@@ -197,7 +197,7 @@ class Bench:
         figures = dict(batch=32, residues_per_s=rate, proteins_per_s=len(lengths) / seconds)
         figures["computed_from"] = "residues per second"
         figures["minutes_for_60_epochs_of_20000"] = 60 * MANY * lengths.mean() / rate / 60
-        return figures | self.mfu(flops_v2(model, lengths) / seconds)
+        return figures | self.mfu(training_flops(model, lengths) * len(lengths) / seconds)
 
     # ---- runs
 

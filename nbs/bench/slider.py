@@ -40,7 +40,7 @@ def place(number) -> float:
 def timed_move(explorer, ratio) -> tuple:  # milliseconds by the clock on the wall and of CPU time
     "Move the slider."
     started = time.perf_counter(), time.process_time()
-    explorer.ratio.value = ratio
+    explorer.ratio_slider.value = ratio
     ended = time.perf_counter(), time.process_time()
     return tuple(1000 * (end - start) for start, end in zip(started, ended, strict=True))
 

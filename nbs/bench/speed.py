@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from memory import TINY_SIZES, lengths_of, real_store
 from peers import TINY_PEER_V2, TINY_PEER_V5, PlainV2, PlainV5, adamw, update, vitmae, vitmae_loss
 
-from protmae.analysis.flops import count, flops_v2, flops_v5
+from protmae.analysis.flops import count, training_flops
 from protmae.core import MAX_LEN
 from protmae.data.store import EmbeddingStore
 from protmae.ppi.features import EncoderInputs
@@ -210,7 +210,7 @@ def measure_v5_batch(bench, batch, each):
 
     jobs = dict(ours=partial(steps.take, count_of_steps), plain=plain_step, vitmae=vit_step)
     timing = in_turn(jobs, bench.options.rounds)
-    flops = flops_v5(run.model, bench.lengths[run.train_idx])
+    flops = training_flops(run.model, bench.lengths[run.train_idx])
     parts = steps.parts()
     words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
     print(f"v5, batch {batch}, seconds of a step: {words}", flush=True)
@@ -248,7 +248,8 @@ def measure_v2(bench):
     residues = float(bench.lengths[run.train_idx].sum())
     # a padded batch costs the same whoever is in it: scaled by the mean length
     amount = dict(ours=residues, plain=batch * residues / len(run.train_idx))
-    share = bench.share(flops_v2(run.model, bench.lengths[run.train_idx]), timing[0]["ours"])
+    flops = training_flops(run.model, bench.lengths[run.train_idx]) * len(run.train_idx)
+    share = bench.share(flops, timing[0]["ours"])
     bench.add("v2 plain", "residues/s", amount, timing, "plain", 4.5, batch=batch, share=share)
 
 
