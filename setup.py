@@ -1,4 +1,5 @@
 "Packaging: everything it says stands in settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -78,7 +78,7 @@ def read_protein(
 
 # %% ../../nbs/lib/analysis/00_reconstruction.ipynb #7e723acf
 def hide(
-    protein: Protein,
+    protein: Protein,  # from `read_protein`
     mask_ratio: float | None = None,  # None: the one the model was trained with
     seed: int = 0,  # which positions are hidden
 ) -> Tensor:  # (N,) bool, True = hidden

@@ -103,9 +103,9 @@ class PPIClassifier(nn.Module):
         lora_rank: int = 0,  # above 0, and not frozen: only low-rank additions to the encoder train
         patching: str = None,  # of the adapter; None: 'window'. A V5 encoder has its own
         embed_dim: int = 768,  # width of the tokens behind the adapter
-        n_heads: int = 8,
-        n_layers: int = 2,
-        dropout: float = 0.1,
+        n_heads: int = 8,  # attention heads
+        n_layers: int = 2,  # of cross-attention
+        dropout: float = 0.1,  # of the cross-attention; the MLP's is twice as high
     ):
         super().__init__()
         if not isinstance(encoder, TransformerMAE | MAEEncoder | IdentityEncoder):

@@ -158,10 +158,10 @@ class InteractionCrossAttention(nn.Module):
     def __init__(
         self,
         d_model: int = 768,  # width D of the tokens
-        n_heads: int = 8,
-        n_layers: int = 2,
+        n_heads: int = 8,  # attention heads
+        n_layers: int = 2,  # of cross-attention
         ff_dim: int = 1536,  # hidden width of the feed-forward parts
-        dropout: float = 0.1,
+        dropout: float = 0.1,  # in attention and feed-forward parts
     ):
         super().__init__()
         if d_model % n_heads:
@@ -205,7 +205,7 @@ class InteractionMLPHead(nn.Module):
         self,
         d_model: int = 768,  # width of the input
         hidden: tuple = (512, 128),  # widths of the hidden layers
-        dropout: float = 0.2,
+        dropout: float = 0.2,  # behind each hidden layer
     ):
         super().__init__()
         widths, layers = [d_model, *hidden], []

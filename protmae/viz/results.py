@@ -24,7 +24,7 @@ NO_BREAK = "\u00a0"
 
 
 def with_interval(
-    mean: float,
+    mean: float,  # the number
     interval=None,  # (low, high), or None
     pattern: str = "+.3f",  # of each number
 ) -> str:
@@ -110,7 +110,7 @@ def family(
 
 # %% ../../nbs/lib/viz/05_results.ipynb #5c964533
 def wrapped(
-    text: str,
+    text: str,  # of the label
     width: int = 20,  # letters
 ) -> str:
     "A label over several lines, for a figure; escaped."

@@ -59,7 +59,7 @@ def one_run_each(
 # %% ../../nbs/lib/viz/08_study_tables.ipynb #ef102872
 def question_table(
     study,  # `StudyResults`
-    split: str = "C3",
+    split: str = "C3",  # whose pairs are meant
     tested: bool = True,  # questions that the test pairs answer too; False: those of validation pairs alone
 ) -> Table:
     "A row for each question: one system minus another, on validation pairs and on test pairs."
@@ -83,7 +83,7 @@ def question_table(
 # %% ../../nbs/lib/viz/08_study_tables.ipynb #950a465c
 def validation_table(
     study,  # `StudyResults`
-    split: str = "C3",
+    split: str = "C3",  # whose pairs are meant
 ) -> Table:
     "A row for each system on the validation pairs, and what its encoder cost and is worth as a reconstruction."
     encoders = {row["encoder"].rstrip("*"): row for row in pretraining_table(study).frame.to_dict("records")}
@@ -154,7 +154,7 @@ def runs_table(
 # %% ../../nbs/lib/viz/08_study_tables.ipynb #65a7f803
 def again_table(
     study,  # `StudyResults`
-    split: str = "C3",
+    split: str = "C3",  # whose pairs are meant
 ) -> Table:
     "Systems that several reports have trained anew: AUROC in each report, and what the reference has over them."
     found = {}
