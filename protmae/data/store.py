@@ -12,7 +12,7 @@ import os
 import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
-from .hdf5 import Rows, RowsInMemory, damaged, decode_texts, open_h5, stored_dataset
+from .hdf5 import Rows, damaged, decode_texts, open_h5, stored_dataset
 from .shards import Joined, shard_files
 from ..utils.progress import Progress
 
@@ -267,17 +267,6 @@ class EmbeddingStore:
         std = np.sqrt(np.maximum(square - mean**2, 0))
         std[std < 1e-6 * max(std.max(), 1e-30)] = 1
         return mean.astype(np.float32), std.astype(np.float32)
-
-    def to_memory(self):
-        "Read all rows into memory if they fit there; reads come from there from now on. Returns the store."
-        needed, free = self._rows.row * self._rows.shape[0], _free_memory()
-        if needed > 0.8 * free:
-            raise ProtmaeError(
-                f"{self.path} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
-                "read it from the disk, as is the default"
-            )
-        self._rows = RowsInMemory(self._rows.read(0, self._rows.shape[0]), self._rows)
-        return self
 
     def close(self):
         "Close the files."
