@@ -110,12 +110,6 @@ def _check_shard(shard, k, first, n):
             )
 
 # %% ../../nbs/lib/data/05_store.ipynb #8f01351f
-def _free_memory():
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return float("inf")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
 class EmbeddingStore:
     "Residue embeddings of N proteins in one HDF5 file, or in shards; reads rows on demand."
 
