@@ -252,7 +252,9 @@ def fork_server():
     "Processes are forked from one that has imported everything, so that they start at once."
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["reliability_attacks", "torch._dynamo", "sklearn.metrics"])
+    context.set_forkserver_preload(
+        ["reliability_attacks", "torch._dynamo", "sklearn.metrics", "nbconvert", "bleach", "bs4"]
+    )
     return context
 
 

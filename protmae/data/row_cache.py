@@ -92,6 +92,9 @@ class RowCache:
         return bool(same and f.get("offsets", getlink=True) is not None)
 
     def _take_over(self, f):
+        missing = [name for name in self.columns if f.get(name, getlink=True) is None]
+        if missing:
+            raise ProtmaeError(f"{self.path} has no dataset {missing[0]!r}; delete it, it is made anew")
         rows = {name: Rows(f, name) for name in self.columns}
         offsets = check_local(f, "offsets")
         fits = offsets.shape == self.offsets.shape and np.array_equal(offsets[:], self.offsets)

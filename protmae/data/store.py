@@ -12,7 +12,7 @@ import os
 import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
-from .hdf5 import Rows, damaged, decode_texts, open_h5, stored_dataset
+from .hdf5 import Rows, damaged, decode_texts, open_h5, read_attributes, stored_dataset
 from .shards import Joined, shard_files
 from ..utils.progress import Progress
 
@@ -52,8 +52,7 @@ def fingerprint(
 FORMAT_VERSION = 1
 
 
-def _check_version(f, path):
-    version = f.attrs.get("format_version")
+def _check_version(f, path, version):
     if version is None and "residues" not in f:
         raise ProtmaeError(
             f"{path} is HDF5 but not a protmae store; "
@@ -130,13 +129,14 @@ class EmbeddingStore:
                 f"there is no store at {path}; make one with `protmae embed proteins.fasta {path}` or `protmae demo`"
             )
         with open_h5(path) as f:
-            _check_version(f, path)
-            self._read_all_but_rows(f)
+            attributes = read_attributes(f)
+            _check_version(f, path, attributes.get("format_version"))
+            self._read_all_but_rows(f, attributes)
         recorded = str(self.attrs.get("fingerprint", "")).strip()  # none before the store is complete
         if recorded and not self.fingerprint.startswith(recorded):
             raise damaged(path, f"it says that its fingerprint is {recorded}; its content has {self.fingerprint}")
 
-    def _read_all_but_rows(self, f):
+    def _read_all_but_rows(self, f, attributes):
         self._rows, datasets = _open_datasets(f, self.path)
         offsets, ids, sequences = (
             datasets["offsets"][:],
@@ -155,8 +155,7 @@ class EmbeddingStore:
         self._index = {id: i for i, id in enumerate(self.ids)}
         self.checksums = datasets["checksums"][:][done]
         self._moments, self._planned = Rows(f, "moments"), done  # positions among the planned proteins
-        attrs = {name: value for name, value in f.attrs.items() if name not in ("mean", "std")}
-        self.attrs = {name: value.decode() if isinstance(value, bytes) else value for name, value in attrs.items()}
+        self.attrs = {name: value for name, value in attributes.items() if name not in ("mean", "std")}
         self.model, self.layer = str(self.attrs.get("model", "?")), str(self.attrs.get("layer", "?"))
         self.fingerprint = fingerprint(self.ids, self.sequences, self.lengths, self.checksums, self.dim, self.model)
 

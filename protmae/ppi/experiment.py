@@ -213,5 +213,5 @@ def test_scores(
     folder,  # of a tested run
 ) -> tuple:  # labels (n,) and scores (n,)
     "What a system said of the test pairs."
-    kept = np.load(Path(folder) / "test_scores.npz")
+    kept = np.load(Path(folder) / "test_scores.npz", allow_pickle=False)
     return kept["label"], kept["score"]
