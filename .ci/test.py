@@ -96,7 +96,7 @@ def changed_notebooks():
 
 LINT = [
     ["ruff", "format", "--check", "--quiet", "."],
-    ["ruff", "check", "--quiet", "."],
+    ["ruff", "check", "--quiet", "--output-format", "concise", "."],
     [sys.executable, ".ci/gates.py"],
 ]
 

@@ -1,231 +1,455 @@
-"""The whole study on a machine that is lent for minutes: no network, no Jupyter, little to carry.
+"""The study at its full schedules on one card, in one process, within minutes.
 
-    python nbs/bench/gpu_study.py pack .carry             # here, with the data at hand: what is carried, under 64 MB
-    python nbs/bench/gpu_study.py run .carry --out OUT    # there, again and again until it says that all is done
-    python nbs/bench/gpu_study.py run .carry --tiny       # to see that it runs, on any machine: synthetic data, small networks
+    python nbs/bench/gpu_study.py pack .carry --data DATA      # here: what is carried, under 64 MB
+    python nbs/bench/gpu_study.py run .carry --out OUT --minutes 7
+    python nbs/bench/gpu_study.py run .carry --tiny --out OUT  # on any machine: synthetic numbers, small networks
+    python nbs/bench/gpu_study.py answer .carry --out OUT      # anywhere: intervals and differences, into study.json
 
-`pack` writes sequences (gz), pairs (gz), UniRep's weights in float16, the splits (those by similarity need MMseqs2, which the other machine lacks) and the
-pure-Python wheels fastcore and plotly. `run` needs torch, accelerate, h5py, numpy, pandas, scikit-learn, safetensors, PyYAML and tqdm. It embeds the
-sequences (once), then runs the jobs of nbs/study-gpu.yaml, and stops after --minutes; all of its state lies in --work, so the same call goes on as long as
-that folder lives. In OUT it leaves study.json, .md, .html, results.tar.gz (every job's JSON, log and test scores) and, in float16, the weights of encoders
-that fit 16 MB. Should the folder be lost between two calls, `--unpack results.tar.gz` brings back which PPI jobs are done; encoders train again.
+protmae must be importable: `pip install -e .`, or PYTHONPATH=. where nothing may be installed. `run` needs no network.
+
+`pack` writes sequences and pairs (DATA/b4ppi-yeast, from `protmae fetch b4ppi-yeast`), and UniRep's weights in float16.
+`run` embeds the proteome with UniRep. Its PCA sees training proteins of the split at hand. Then V5, V5-S and V2 are
+pretrained side by side (lanes.py, loops.py) on the training proteins of their own split. Encoders are kept after some
+epochs, and a PPI head is trained on each as soon as it is there. The head's epoch is chosen on validation pairs, and
+the scores of test pairs at other epochs never leave the card. What is done is written to OUT at once: study.json, and
+scores.npz with validation and test scores of every run, in the order of the split's pairs. Where not all seeds of V5
+can come to their end in time, the last of them goes.
 """
 
 import argparse
+import copy
 import gzip
-import json
+import math
 import os
-import subprocess
 import sys
-import tarfile
 import time
-import zipfile
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-start, root = time.perf_counter(), Path(__file__).resolve().parents[2]
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("what", choices=("pack", "run"))
-p.add_argument("carry", type=Path)
-p.add_argument(
-    "--data", type=Path, default=root / "data", help="pack: where yeast.h5, b4ppi-yeast/ and study/splits/ lie"
+import numpy as np
+import torch
+from gpu_answer import answer
+from lanes import Scheduler
+from loop_heads import HeadLoop
+from loops import Data, PretrainLoop
+from proteome import Proteome
+
+from protmae.core import seed_for
+from protmae.data.batches import split_by_protein
+from protmae.embed.unirep import UniRep, find_weights
+from protmae.models.classifier import IdentityEncoder
+from protmae.models.hub import build, save_model, save_tensors
+from protmae.models.v2 import TransformerMAE
+from protmae.models.v5 import MAEEncoder
+from protmae.ppi.config import config_for
+from protmae.ppi.pairs import Pairs, read_pairs
+from protmae.ppi.splits import make_split
+from protmae.training.objectives import V2Objective, V5Objective
+from protmae.utils.files import write_json
+from protmae.utils.provenance import provenance
+
+SMALL = dict(embed_dim=256, num_layers=6, nhead=8, ff_dim=1024, decoder_dim=128, decoder_layers=2, decoder_heads=4)
+TINY = dict(
+    v5=dict(embed_dim=32, num_layers=2, nhead=4, ff_dim=64, decoder_dim=32, decoder_layers=1, decoder_heads=4),
+    v2=dict(embed_dim=32, num_layers=1, nhead=4, ff_dim=64),
 )
-p.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
-p.add_argument("--work", type=Path, default=Path("/tmp/protmae-study"))
-p.add_argument("--minutes", type=float, default=7)
-p.add_argument("--workers", type=int, help="PPI jobs at a time (default: 4 with a GPU)")
-p.add_argument("--plan", type=Path, default=root / "nbs/study-gpu.yaml")
-p.add_argument("--unpack", type=Path)
-p.add_argument("--tiny", action="store_true")
-a = p.parse_args()
+FILES = ("proteins.fasta", "pairs.tsv")
+MOST_CARRIED = 64e6  # bytes
+MARGIN = 10  # seconds of the given time that are left for writing
 
 
-def pack():
-    import numpy as np
+# ---- what is carried
 
-    from protmae.embed.unirep import find_weights
 
-    a.carry.mkdir(parents=True, exist_ok=True)
-    for f in ("proteins.fasta", "pairs.tsv"):
-        (a.carry / f"{f}.gz").write_bytes(gzip.compress((a.data / "b4ppi-yeast" / f).read_bytes(), 9))
-    with np.load(find_weights(), allow_pickle=False) as z:
-        np.savez_compressed(
-            a.carry / "unirep.npz",
-            **{k: z[k].astype("f2") for k in z.files if k == "embedding" or k.startswith("mlstm.0.")},
+def pack(options):
+    "Write everything that the machine with the card needs besides this repository."
+    carry = options.carry
+    carry.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (carry / f"{name}.gz").write_bytes(gzip.compress((options.data / "b4ppi-yeast" / name).read_bytes(), 9))
+    with np.load(find_weights(), allow_pickle=False) as arrays:
+        needed = [name for name in arrays.files if name == "embedding" or name.startswith("mlstm.0.")]
+        np.savez_compressed(carry / "unirep.npz", **{name: arrays[name].astype("f2") for name in needed})
+    sizes = {path.name: path.stat().st_size for path in sorted(carry.iterdir())}
+    for name, size in sizes.items():
+        print(f"{size / 1e6:8.2f} MB  {name}")
+    assert sum(sizes.values()) < MOST_CARRIED, f"{sum(sizes.values()):,} bytes are too many to carry"
+
+
+def tiny_pairs(ids) -> Pairs:
+    "Random pairs with random labels."
+    rng = np.random.default_rng(1)
+    a, b = np.triu_indices(len(ids), 1)
+    chosen = rng.permutation(len(a))[:2500]
+    split = np.where(rng.random(len(chosen)) < 0.7, "train", "test").astype(object)
+    return Pairs(ids, a[chosen], b[chosen], rng.integers(0, 2, len(chosen)).astype("i1"), split)
+
+
+def make_kept_encoder(arch, sizes, state):
+    "An encoder around weights that lie on the device; they are not copied."
+    with torch.device("meta"):
+        if arch == "v2":
+            encoder = TransformerMAE(**sizes)
+        else:
+            encoder = MAEEncoder(**{name: size for name, size in sizes.items() if not name.startswith("decoder")})
+    encoder.load_state_dict(state, assign=True)
+    return encoder
+
+
+def without_nan(row) -> dict:
+    "JSON has no NaN."
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+# ---- the study
+
+
+class Study:
+    "Data of all splits on the device, the plan of all runs, and what they have found so far."
+
+    def __init__(self, options):
+        self.options, self.started = options, time.perf_counter()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_gpu, self.systems = self.device.type == "cuda", options.systems.split(",")
+        self.runs, self.heads, self.results, self.scores, self.facts = [], [], [], {}, dict(splits={})
+        self.written, self.v5_runs = 0.0, ()
+        options.out.mkdir(parents=True, exist_ok=True)
+        if self.is_gpu:
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        self.read_proteins()
+        self.make_data()
+        self.pace = Pace(self)
+
+    def say(self, text):
+        print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
+
+    def read_proteins(self):
+        "The embedded proteome and the pairs."
+        carry = self.options.carry
+        if self.options.tiny:
+            self.proteome = Proteome(self.device)
+            self.pairs, self.dim = tiny_pairs(self.proteome.ids), 32
+        else:
+            embedder = UniRep(carry / "unirep.npz", device=self.device)
+            self.say("UniRep is on the device")
+            self.proteome = Proteome(self.device, carry / "proteins.fasta.gz", embedder)
+            self.pairs, self.dim = read_pairs(carry / "pairs.tsv.gz", self.proteome), 960
+        self.facts["embedding"] = self.proteome.embedding
+        self.say(f"embedded: {self.proteome.embedding}")
+
+    def make_data(self):
+        "Splits, and what the runs on each of them read."
+        seeds = [int(seed) for seed in self.options.seeds.split(",") if seed]
+        self.splits = {("C3", seed): make_split(self.pairs, "C3", seed) for seed in seeds}
+        if "V5 own" in self.systems:
+            self.splits["own", 0] = make_split(self.pairs, "own", 0)
+        self.data, self.train = {}, {}
+        pooled = self.proteome.pooled()
+        for key in self.splits:
+            self.make_data_of(key, pooled)
+        del self.proteome.raw
+        if self.is_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        self.say("data of all splits are on the device")
+
+    def make_data_of(self, key, pooled):
+        "Data of the three kinds (for V5, V2 and without an MAE) for one split."
+        split, proteome = self.splits[key], self.proteome
+        self.train[key] = train = self.pairs.proteins_of(split.train)
+        matrix, centre, kept = proteome.projection(train, self.dim)
+        five, two = (
+            split_by_protein(proteome, 0.1, 0, objective.min_len, None, train)
+            for objective in (V5Objective, V2Objective)
         )
-    with tarfile.open(a.carry / "splits.tar.gz", "w:gz") as t:
-        for f in sorted((a.data / "study/splits").iterdir()):
-            t.add(f, f"splits/{f.name}")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "-d",
-            str(a.carry),
-            "fastcore<2",
-            "plotly>=6",
-        ],
-        check=True,
-    )
-    size = sum(f.stat().st_size for f in a.carry.iterdir())
-    print(
-        *(f"{f.stat().st_size / 1e6:8.2f} MB  {f.name}" for f in sorted(a.carry.iterdir())),
-        f"{size / 1e6:8.2f} MB in all",
-        sep="\n",
-    )
-    assert size < 64e6
+        has_v2 = "V2" in self.systems and key[0] == "C3" and str(key[1]) in self.options.v2_seeds.split(",")
+        groups = [five[0], two[0], train]
+        mean, std, table = proteome.moments(matrix, centre, groups, has_v2)
+        projected, real = (pooled - centre) @ matrix, proteome.real_patches()
 
+        def data(group, **more):
+            return Data(proteome.lengths, self.dim, self.device, mean=mean[group], std=std[group], **more)
 
-def wheels():
-    "The carried packages where this Python has none of its own; jobs inherit the path."
-    into = a.work / "wheels"
-    into.mkdir(parents=True, exist_ok=True)
-    for w in sorted(a.carry.glob("*.whl")):
-        if not (into / w.stem).exists():
-            zipfile.ZipFile(w).extractall(into / w.stem)
-    sys.path[:0] = [str(root)]
-    sys.path += [str(d) for d in into.iterdir()]
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(root), os.environ.get("PYTHONPATH"), *(str(d) for d in into.iterdir())])
-    )
+        def patches(group):
+            return torch.where(real, (projected - mean[group]) / std[group], 0)
 
-
-def data():
-    "The store and the pairs: embedded here, on the GPU if there is one."
-    from protmae.data.store import EmbeddingStore
-    from protmae.embed.run import embed_fasta
-    from protmae.embed.unirep import UniRep
-
-    store, pairs = a.work / "yeast.h5", a.work / "pairs.tsv"
-    if a.tiny:
-        from protmae.data.synthetic import make_demo_store
-
-        store = a.work / "demo.h5"
-        if not store.exists():
-            make_demo_store(store, n=120, dim=48)
-        return store, a.work / "demo.pairs.tsv"
-    if not pairs.exists():
-        pairs.write_bytes(gzip.decompress((a.carry / "pairs.tsv.gz").read_bytes()))
-    splits = a.work / "study/splits"
-    if not splits.exists():
-        with tarfile.open(a.carry / "splits.tar.gz") as t:
-            t.extractall(a.work / "study", filter="data")
-    if not (a.work / "embedded").exists():
-        fitted = set(
-            (splits / "proteins-seen.txt").read_text().split()
-        )  # PCA sees proteins of training pairs of the table's own split
-        t = time.perf_counter()
-        embed_fasta(
-            str(a.carry / "proteins.fasta.gz"), str(store), UniRep(a.carry / "unirep.npz"), dim=960, pca_ids=fitted
+        self.data[key, "v5"] = data(0, train_idx=five[0], val_idx=five[1], patches=patches(0))
+        self.data[key, "patches"] = data(2, patches=patches(2))
+        if has_v2:
+            self.data[key, "v2"] = data(1, train_idx=two[0], val_idx=two[1], table=table)
+        self.facts["splits"][f"{key[0]} seed {key[1]}"] = dict(
+            fingerprint=split.fingerprint,
+            train=len(split.train),
+            val=len(split.val),
+            test=len(split.test),
+            proteins=len(train),
+            v5_train_proteins=len(five[0]),
+            v5_val_proteins=len(five[1]),
+            pca_variance_kept=kept,
         )
-        s = EmbeddingStore(store)
-        (a.work / "embedded").write_text(
-            json.dumps(dict(proteins=len(s), residues=int(s.lengths.sum()), seconds=time.perf_counter() - t))
+
+    # ---- the plan
+
+    def plan(self):
+        "All pretraining runs, and the heads that need none."
+        options = self.options
+        until = self.started + 60 * options.minutes - (0 if options.tiny else MARGIN)
+        self.scheduler = Scheduler(until, self.said, self.tick)
+        c3, first = [key for key in self.splits if key[0] == "C3"], self.first_weights()
+        best = {"best"} if options.best else set()
+        keep = {int(epoch) for epoch in options.keep.split(",")} | {options.v5_epochs} | best
+        if "V5" in self.systems:
+            for key in c3:
+                self.add_pretraining(
+                    "V5", "v5", key, keep, model=copy.deepcopy(first), priority=-1, epochs=options.v5_epochs
+                )
+        self.v5_runs = tuple(run.name for run in self.runs)
+        if "V2" in self.systems:
+            keep_v2 = {0, options.v2_epochs} | best
+            for key in c3:
+                if (key, "v2") in self.data:
+                    self.add_pretraining("V2", "v2", key, keep_v2, depth=8, priority=-1, epochs=options.v2_epochs)
+        if "V5 own" in self.systems:
+            self.add_pretraining("V5", "v5", ("own", 0), keep, model=copy.deepcopy(first), epochs=options.v5_epochs)
+        if "V5-S" in self.systems:
+            self.add_small(c3)
+        if "no MAE" in self.systems:
+            for key in self.splits:
+                make = partial(IdentityEncoder, self.dim)
+                self.add_head("no MAE", key, self.data[key, "patches"], make, dict(arch="patches"))
+        self.say(f"{len(self.runs)} pretraining runs are planned")
+
+    def first_weights(self):
+        "The full V5 as all of its runs begin, made once."
+        if self.options.tiny:
+            return None
+        torch.manual_seed(seed_for(0, "weights"))
+        return build("v5", input_dim=self.dim).to(self.device)
+
+    def add_small(self, keys):
+        "V5-S on each split."
+        changes = dict(epochs=self.options.v5_epochs, batch_size=64, lr=1e-3)
+        for key in keys:
+            run = self.add_pretraining("V5-S", "v5", key, {0, self.options.v5_epochs}, sizes=SMALL, **changes)
+            run.needs = self.v5_runs if self.options.small_last else ()
+
+    def add_pretraining(self, system, arch, key, keep, sizes=None, **more):
+        "One pretraining run."
+        sizes = TINY[arch] if self.options.tiny else sizes
+        on_keep = partial(self.add_heads_of_kept, key, system)
+        name, data = f"{system}, {key[0]} seed {key[1]}", self.data[key, arch]
+        run = PretrainLoop(name, arch, data, self.device, sizes=sizes, keep=keep, on_keep=on_keep, **more)
+        self.runs.append(run)
+        self.scheduler.add(run)
+        return run
+
+    def add_head(self, system, key, data, make_encoder, about, after=None, lora=False, keep_head=False):
+        "One PPI head."
+        more = dict(finetune="lora") if lora else {}
+        config = config_for(epochs=self.options.head_epochs, batch_size=256, seed=key[1], **more)
+        head = HeadLoop(
+            f"{system}, {key[0]} seed {key[1]}",
+            data,
+            self.pairs,
+            self.splits[key],
+            config,
+            make_encoder,
+            self.train[key],
+            self.device,
+            lora=lora,
+            after=after,
+            keep_head=keep_head,
+            about=dict(system=system) | about,
         )
-    print((a.work / "embedded").read_text(), flush=True)
-    return store, pairs
+        if lora:
+            head.kind, head.most, head.rank = "lora", 1, 5
+        if head.name in self.options.late.split(";"):
+            head.needs, head.rank = self.v5_runs, 3
+        self.heads.append(head)
+        self.scheduler.add(head)
 
+    def add_heads_of_kept(self, key, system, run, which):
+        "Heads for an encoder that was just kept; `which` is the number of epochs, or 'best'."
+        label = self.label_of(system, run, which)
+        if label is None:
+            return
+        after = None
+        if run.lane.stream:
+            after = torch.cuda.Event()
+            after.record(run.lane.stream)
+        make = partial(make_kept_encoder, run.arch, dict(run.sizes), run.kept[which])
+        arch = "v5.2" if run.arch == "v2" else "v5"
+        about = dict(encoder=run.name, arch=arch, pretraining_epochs=which)
+        is_last = which == run.config.epochs
+        self.add_head(label, key, run.data, make, about, after, keep_head=is_last and system == "V5-S")
+        if is_last and system == "V5" and self.options.lora and key[0] == "C3":
+            self.add_head(f"{label}, LoRA", key, run.data, make, about | dict(lora=True), after, lora=True)
 
-def plan_here(store, pairs):
-    "The plan with this machine's places."
-    import yaml
+    @staticmethod
+    def label_of(system, run, which) -> str:  # None: the best epoch is the last, which has its head already
+        "What a kept encoder is called."
+        if which != "best":
+            return f"{system} {which} epochs" if which else f"{system} untrained"
+        rows = run.log()
+        best = min(rows, key=lambda row: row["val_loss"])["epoch"]
+        return None if best == len(rows) else f"{system} best ({best} epochs)"
 
-    from protmae.viz.study import read_plan
+    # ---- while it runs
 
-    t = yaml.safe_load(a.plan.read_text())
-    here = a.work / "plan.yaml"
-    if a.tiny:
-        small = dict(
-            v5=dict(embed_dim=48, num_layers=1, nhead=4, ff_dim=48, decoder_dim=16, decoder_layers=1, decoder_heads=2),
-            v2=dict(embed_dim=48, num_layers=1, nhead=4, ff_dim=48),
+    def said(self, text):
+        "Something has ended: say so, and take over what it has found."
+        self.say(text)
+        for head in self.heads:
+            if head.result is not None and head.name not in self.scores:
+                self.results.append(head.result)
+                self.scores[head.name] = head.kept_scores
+        if time.perf_counter() - self.written > 5:
+            self.write()
+
+    def tick(self):
+        "Called by the scheduler all the time."
+        if time.perf_counter() - self.written > 10:
+            self.write()
+        if not self.options.tiny:
+            self.pace.look()
+
+    def about_run(self, run) -> dict:
+        "Settings and log of a pretraining run."
+        return dict(
+            name=run.name,
+            arch=run.arch,
+            config=asdict(run.config),
+            parameters=sum(parameter.numel() for parameter in run.parameters),
+            train_proteins=run.n,
+            steps_per_epoch=run.steps_per_epoch,
+            log=[without_nan(row) for row in run.log()],
+            seconds=self.scheduler.done.get(run.name),
         )
-        for e in t["encoders"].values():
-            e |= dict(
-                epochs=1,
-                batch_size=16,
-                sizes=small["v5" if e["notebook"] == "03_train_v5" else "v2"]
-                | {k: v for k, v in e.get("sizes", {}).items() if k == "patching"},
-            )
-        for s in t["systems"].values():
-            s |= dict(epochs=1) if s["arch"] != "baselines" else {}
-        t["stages"] = [
-            dict(t["stages"][0], splits=["C3"], seeds=[0], systems=["V5", "V5.2", "no MAE", "baselines"]),
-            dict(t["stages"][1], seeds=[0], systems=["V5-S adaptive", "V5 fine-tuned"]),
-        ]
-    t |= dict(store=str(store), pairs=str(pairs), out=str(a.work / "study"))
-    here.write_text(yaml.safe_dump(t))
-    plan = read_plan(here)
-    plan["nbs"] = root / "nbs"
-    return plan
 
-
-def bring_back(plan):
-    "What leaves this machine."
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from protmae.viz.study import plan_jobs
-    from protmae.viz.study_page import n_parameters, study_report
-
-    a.out.mkdir(parents=True, exist_ok=True)
-    jobs = plan_jobs(plan)
-    with tarfile.open(a.out / "results.tar.gz", "w:gz") as t:
-        for f in sorted(plan["out"].rglob("*")):
-            if f.is_file() and f.suffix in (".json", ".jsonl", ".npz", ".log") and "state" not in f.parts:
-                t.add(f, f.relative_to(plan["out"]))
-    for f in [
-        f
-        for j in jobs
-        if j.done and j.name.startswith("pretrain")
-        for f in j.folder.glob("*/best.safetensors")
-        if n_parameters(f) * 2 < 16e6
-    ][:3]:
-        save_file({k: v.half() for k, v in load_file(f).items()}, a.out / f"{f.parents[1].name}.f16.safetensors")
-    study_report(
-        plan, a.out / "study.json", resamples=200
-    )  # last, and with few resamples: intervals of every pair of systems take minutes
-    left = [j.name for j in jobs if not j.done]
-    print(
-        f"{len(jobs) - len(left)} of {len(jobs)} jobs are done" + (f"; next: {left[0]}" if left else ": all of it"),
-        flush=True,
-    )
-    dev = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    (a.out / "machine.json").write_text(
-        json.dumps(
-            dict(
-                device=dev,
-                torch=torch.__version__,
-                seconds=time.perf_counter() - start,
-                embedded=(a.work / "embedded").read_text() if (a.work / "embedded").exists() else None,
-                left=len(left),
-            )
+    def write(self, is_last=False):
+        "Everything that was found so far."
+        self.written = time.perf_counter()
+        waiting = [run.name for run in self.scheduler.waiting]
+        found = dict(
+            command="python nbs/bench/gpu_study.py " + " ".join(sys.argv[1:]),
+            tiny=self.options.tiny,
+            finished=is_last,
+            seconds=time.perf_counter() - self.started,
+            peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 if self.is_gpu else None,
+            **self.facts,
+            pretraining=[self.about_run(run) for run in self.runs if run.name not in waiting],
+            results=self.results,
+            failed=self.scheduler.failed,
+            provenance=provenance(),
         )
-    )
+        write_json(self.options.out / "study.json", found)
+        arrays = {f"{name}|{part}": v for name, scores in self.scores.items() for part, v in scores.items()}
+        tmp = self.options.out / "scores.tmp.npz"
+        np.savez_compressed(tmp, **arrays)
+        tmp.replace(self.options.out / "scores.npz")
+
+    def save_small(self):
+        "The small V5 of C3, seed 0, and its head, in float16."
+        out, note = self.options.out, "float16; UniRep, PCA of the C3 seed 0 training proteins"
+        for run in self.runs:
+            if run.name == "V5-S, C3 seed 0" and run.name in self.scheduler.done:
+                state = {name: value.half() for name, value in run.state(run.model).items()}
+                mean, std = run.data.mean.cpu().numpy(), run.data.std.cpu().numpy()
+                path, config = out / "v5s-c3-seed0.f16.safetensors", asdict(run.config)
+                save_model(path, state, "v5", run.sizes, mean, std, config=config, note=note)
+        for head in self.heads:
+            if head.result and head.keep_head and head.head and head.split.seed == 0:
+                half = {name: value.half() for name, value in head.head.items()}
+                save_tensors(out / "v5s-c3-seed0.head.f16.safetensors", half, dict(note=note))
+
+    def run(self):
+        "All of it."
+        self.plan()
+        self.scheduler.run()
+        self.said("stopped" if self.scheduler.live else "all is done")
+        self.write(is_last=True)
+        try:
+            self.save_small()
+        except Exception as e:
+            self.say(f"no weights: {e}")
+        self.say(f"failed: {self.scheduler.failed or 'nothing'}")
 
 
-def run():
-    a.work.mkdir(parents=True, exist_ok=True)
-    wheels()
-    import torch
+class Pace:
+    "Where not all seeds of V5 can come to their end in time, the last of them goes."
 
-    from protmae.viz.study import run_study
+    def __init__(self, study):
+        self.study, self.looked, self.dropped, self.mark = study, 0.0, study.started - 20, None
 
-    if a.unpack:
-        with tarfile.open(a.unpack) as t:
-            t.extractall(a.work / "study", [m for m in t if m.name.startswith("ppi/")], filter="data")
-    plan = plan_here(*data())
-    gpu = torch.cuda.is_available()
-    rest = lambda: a.minutes - (time.perf_counter() - start) / 60 - 0.5  # half a minute for the report
-    if rest() > 0:
-        run_study(plan, 2 if gpu else a.workers or 1, rest(), True, "pretrain", say=lambda s: print(s, flush=True))
-    if rest() > 0:
-        run_study(plan, a.workers or (4 if gpu else 1), rest(), True, say=lambda s: print(s, flush=True))
-    bring_back(plan)
+    def look(self):
+        "Every five seconds, and not soon after a run was stopped."
+        now = time.perf_counter()
+        if now - self.looked < 5:
+            return
+        self.looked = now
+        runs = [run for run in self.study.scheduler.live if run.name in self.study.v5_runs]
+        if runs and now - self.dropped > 25:
+            self.compare_with_mark(now, runs)
+
+    def compare_with_mark(self, now, runs):
+        "How fast the epochs end: 20 of them since the mark say it."
+        names, slowest = [run.name for run in runs], min(run.epochs_ended() for run in runs)
+        if self.mark is None or self.mark[1] != names:
+            self.mark = now, names, slowest
+            return
+        began, _, before = self.mark
+        if slowest - before < 20:
+            return
+        rate = (slowest - before) / (now - began)
+        end = now + (runs[0].config.epochs - slowest) / rate
+        self.study.say(f"V5 is at epoch {slowest}; at {rate:.2f} epochs/s it ends at {end - self.study.started:.0f} s")
+        if end > self.study.scheduler.until - 15 and len(runs) > 1:
+            self.stop(runs[-1])
+            self.dropped, self.mark = now, None
+
+    def stop(self, run):
+        "This run goes, and nothing waits for it."
+        study = self.study
+        study.scheduler.drop(run, f"stopped after {run.epochs_ended()} epochs: no time for it")
+        study.v5_runs = tuple(name for name in study.v5_runs if name != run.name)
+        for job in study.scheduler.waiting:
+            job.needs = tuple(name for name in job.needs if name != run.name)
+        study.say(f"{run.name} is stopped: no time for it")
 
 
-dict(pack=pack, run=run)[a.what]()
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("pack", "run", "answer"))
+    parser.add_argument("carry", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
+    parser.add_argument("--minutes", type=float, default=7, help="for `run`, once everything is imported")
+    parser.add_argument("--v5-epochs", type=int, default=100)
+    parser.add_argument("--v2-epochs", type=int, default=60)
+    parser.add_argument("--head-epochs", type=int, default=6)
+    parser.add_argument("--keep", default="0,3,12,30,100", help="epochs after which V5 is kept")
+    parser.add_argument("--seeds", default="0,1,2", help="of the C3 splits")
+    parser.add_argument("--v2-seeds", default="0")
+    parser.add_argument("--lora", type=int, default=1, help="0: no LoRA")
+    parser.add_argument("--systems", default="V5,V2,V5-S,V5 own,no MAE", help="which of these")
+    parser.add_argument("--late", default="", help="heads that begin when V5 is done, semicolon between")
+    parser.add_argument("--best", type=int, default=1, help="0: do not keep the encoder of the best epoch")
+    parser.add_argument("--small-last", action="store_true", help="V5-S begins when V5 is done")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap of `answer`")
+    parser.add_argument("--tiny", action="store_true")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = parse(argv)
+    if options.what == "pack":
+        pack(options)
+    elif options.what == "run":
+        Study(options).run()
+    else:
+        answer(options.carry, options.out, options.v2_epochs, options.resamples)
+
+
+if __name__ == "__main__":
+    main()

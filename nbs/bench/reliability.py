@@ -38,8 +38,8 @@ def attack_all(work, options):
         print(f"{job}: {counts['kills']} kills, {counts['while_writing']} while a file was being written", flush=True)
     for job in TEMPLATES:
         figures["full_disk"][job] = {
-            "tmpfs": squeeze(job, templates[job], work, SHARES),
-            "file size limit": squeeze(job, templates[job], work, SHARES, disk=False),
+            "tmpfs": squeeze(job, templates[job], work / "disk" / job, SHARES),
+            "file size limit": squeeze(job, templates[job], work / "limit" / job, SHARES, disk=False),
         }
         print(f"{job}: {figures['full_disk'][job]}", flush=True)
     shutil.copytree(templates["v5"], work / "kernel")

@@ -1,392 +1,416 @@
 """How fast: pretraining of V5 and V2, the store, and PPI training, against what people would write or pick instead.
 
-    python nbs/bench/speed.py [--rows v5 v2 store ppi memory] [--rounds 3] [--threads 2] [--out reports/bench/speed.json]
+    python nbs/bench/speed.py [--rows v5 v2 store ppi memory] [--rounds 3] [--threads 2]
+    python nbs/bench/speed.py --tiny --out /tmp/speed.json     # to see that it runs
 
-Ours and the peer run in turn in this process: same threads, same data, same dtype (float32), same optimiser settings. Each figure is the median of the
-rounds, each ratio the median of the rounds' ratios. `share` is the arithmetic done per second over what a large float32 matmul reaches here, measured
-in the same run. Data are SYNTHETIC: lengths drawn from the yeast proteome's histogram (numbers in memory.py), embeddings random.
+Ours and the peer run in turn in this process: same threads, same data, same dtype (float32), same optimiser settings.
+Each figure is the median of the rounds, each ratio the median of the rounds' ratios. `share` is the arithmetic done
+per second over what a large float32 matmul reaches here, measured in the same run. Data are SYNTHETIC: lengths drawn
+from the yeast proteome's histogram (numbers in memory.py), embeddings random.
 
 | row | ours | peer |
 |---|---|---|
-| v5 plain | `train_step` of a real run, batches from the patch cache | residues from one HDF5 dataset per protein, padded to 1502, all 48 tokens with mask tokens through nn.TransformerEncoder |
-| v5 vitmae | the same | `transformers.ViTMAEForPreTraining` of the same width, depth and decoder, on 47 patches from the same cache |
-| v2 | `train_step` of a real run | the same network, nn.TransformerEncoder, padded to 1502 |
-| store | `EmbeddingStore.batch`, 32 random proteins | one HDF5 dataset per protein, as D-SCRIPT writes it (lzf: float32, LZF) and as plain float16 (hdf); a bare numpy memmap |
+| v5 plain | steps of a real run, patch cache | one HDF5 dataset per protein, residues padded to 1502, all tokens |
+| v5 vitmae | the same | `transformers.ViTMAEForPreTraining` of the same size, on 47 patches from the same cache |
+| v2 | steps of a real run | the same network, nn.TransformerEncoder, padded to 1502 |
+| store | `EmbeddingStore.batch`, 32 random proteins | one HDF5 dataset per protein, see below; a bare numpy memmap |
 | ppi | an epoch of pairs from the token cache | both proteins of every pair through the frozen encoder, every time |
-| memory | peak memory of a V5 run on 20,000 proteins besides model and optimiser (memory.py) | every protein's array in a dict |
+| memory | peak memory of a V5 run on 20,000 proteins (memory.py) | every protein's array in a dict |
 
-For V5 it also says where the time of a step goes.
+The HDF5 files of the store's row are written as D-SCRIPT writes them (lzf: float32, LZF), and as plain float16 (hdf).
+Memory is counted besides model and optimiser. For V5 the report also says where the time of a step goes.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("--rows", nargs="+", default=["v5", "v2", "store", "ppi", "memory"])
-p.add_argument("--rounds", type=int, default=3)
-p.add_argument("--threads", type=int)
-p.add_argument("--proteins", type=int, default=128)
-p.add_argument("--tiny", action="store_true", help="small models and stores: to see that it runs")
-p.add_argument("--out", default="reports/bench/speed.json")
-a = p.parse_args()
 
 import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
+from memory import TINY_SIZES, lengths_of, real_store
+from peers import TINY_PEER_V2, TINY_PEER_V5, PlainV2, PlainV5, adamw, update, vitmae, vitmae_loss
 
-sys.path.insert(0, str(Path(__file__).parent))
-from memory import lengths_of, names
-from peers import PlainV2, PlainV5, adamw, count, flops_v2, flops_v5, update, vitmae
-
+from protmae.analysis.flops import count, training_flops
+from protmae.core import MAX_LEN
 from protmae.data.store import EmbeddingStore
-from protmae.data.writer import StoreWriter, create
 from protmae.ppi.features import EncoderInputs
 from protmae.ppi.pairs import Pairs
 from protmae.ppi.splits import random_split
 from protmae.ppi.training import PPITrainer
 from protmae.training.pretrain import PretrainTrainer
-from protmae.training.trainer import train_step
 from protmae.utils.files import write_json
 from protmae.utils.provenance import git_commit, provenance
 
-if a.threads:
-    torch.set_num_threads(a.threads)
-tmp = Path(tempfile.mkdtemp())
-rng = np.random.default_rng(0)
-torch.manual_seed(0)
-N, D = (160, 96) if a.tiny else (a.proteins, 960)
-S5 = (
-    dict(embed_dim=96, num_layers=2, nhead=4, ff_dim=192, decoder_dim=32, decoder_layers=1, decoder_heads=4)
-    if a.tiny
-    else {}
-)
-S2 = dict(embed_dim=64, num_layers=1, nhead=4, ff_dim=128) if a.tiny else {}
-lengths = lengths_of(N, rng)
-lengths = np.maximum(lengths, 33)
-ids, seqs = names(N, lengths, rng)
-create(tmp / "s.h5", ids, seqs, D, model="synthetic", layer="none", note="SYNTHETIC")
-with StoreWriter(tmp / "s.h5") as w:
-    for i in range(0, N, 32):
-        w.write((j, rng.standard_normal((lengths[j], D), "f4")) for j in range(i, min(i + 32, N)))
-store = EmbeddingStore(tmp / "s.h5")
-mean, std = (torch.as_tensor(x) for x in store.mean_std())
-with h5py.File(tmp / "each.h5", "w") as f:
-    for i in ids:
-        f[i] = store[i]
-with h5py.File(tmp / "dscript.h5", "w") as f:  # float32 and LZF, as dscript/language_model.py of D-SCRIPT writes them
-    for i in ids:
-        f.create_dataset(i, data=store[i].astype("f4"), compression="lzf")
-flat = np.memmap(tmp / "flat.f16", "f2", "w+", shape=(int(lengths.sum()), D))
-offs = np.concatenate([[0], np.cumsum(lengths)])
-for i in range(N):
-    flat[offs[i] : offs[i + 1]] = store[i]
-flat.flush()
+ROWS = ("v5", "v2", "store", "ppi", "memory")
+TINY_V2 = dict(embed_dim=64, num_layers=1, nhead=4, ff_dim=128)
+FOREVER = 1000  # epochs: more than are ever trained here
+YEAST = dict(pairs=60_738, proteins=5_679)  # training pairs of B4PPI yeast, and the proteins in them
+DRAWS, DRAWN = 20, 32  # batches that the store is asked for, proteins in each
 
 
-def clock(f):
-    t = time.perf_counter()
-    f()
-    return time.perf_counter() - t
+# ---- clocks
 
 
-def in_turn(fs, rounds=a.rounds, warm=1):
-    "Seconds of each function, median over rounds in turn, and each round's seconds."
-    for f in list(fs.values()) * warm:
-        f()
-    got = {k: [] for k in fs}
+def seconds_of(function) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def in_turn(functions, rounds, warm=1) -> tuple:
+    "Seconds of each function (by name), median over rounds in turn; and each round's seconds."
+    for function in list(functions.values()) * warm:
+        function()
+    found = {name: [] for name in functions}
     for _ in range(rounds):
-        for k, f in fs.items():
-            got[k].append(clock(f))
-    return {k: statistics.median(v) for k, v in got.items()}, got
+        for name, function in functions.items():
+            found[name].append(seconds_of(function))
+    return {name: statistics.median(values) for name, values in found.items()}, found
 
 
-rows = {}
+class Steps:
+    "Training steps of a run; batches as its own loader brings them."
+
+    def __init__(self, run):
+        self.run, self.batches = run, iter(())
+        run.model.train()
+
+    def next_batch(self):
+        "The next batch; behind the last one the first."
+        with suppress(StopIteration):
+            return next(self.batches)
+        self.batches = iter(self.run.train_dl)
+        return next(self.batches)
+
+    def take(self, count):
+        "Train on so many batches."
+        for _ in range(count):
+            self.run.train_step(self.next_batch())
+
+    def parts(self, count=5) -> dict:
+        "Seconds of each part of a training step, median: what `train_step` does, taken apart."
+        run, found = self.run, []
+        for _ in range(count + 1):
+            times = [time.perf_counter()]
+            batch = self.next_batch()
+            times.append(time.perf_counter())
+            loss, _ = run.loss(batch)
+            times.append(time.perf_counter())
+            loss.backward()
+            times.append(time.perf_counter())
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+            times.append(time.perf_counter())
+            run.opt.step()
+            run.opt.zero_grad()
+            times.append(time.perf_counter())
+            found.append(np.diff(times))
+        medians = np.median(found[1:], 0).round(4).tolist()
+        return dict(zip(("data", "forward", "backward", "clip", "optimiser"), medians, strict=True))
 
 
-def row(name, unit, amount, got, peer, goal, **more):
-    "One line: `amount` maps ours and peer to units per call."
-    t, rounds = got
-    ours, theirs = amount["ours"] / t["ours"], amount[peer] / t[peer]
-    ratio = statistics.median([(amount["ours"] / o) / (amount[peer] / q) for o, q in zip(rounds["ours"], rounds[peer])])
-    rows[name] = dict(
-        commit=git_commit(), limits=limits, unit=unit, ours=ours, peer=theirs, ratio=ratio, goal=goal, seconds=t, **more
-    )
-    print(
-        f"{name:12} {unit:12} ours {ours:12,.1f}   peer {theirs:12,.1f}   ratio {ratio:6.2f}"
-        + (f" (goal {goal})" if goal else "")
-        + (f"   share of the matmul limit {more['share']:.0%}" if more.get("share") else ""),
-        flush=True,
-    )
+# ---- the benchmark
 
 
-# --- the machine's limits
-n = 512 if a.tiny else 4096
-x, y = torch.randn(n, n), torch.randn(n, n)
-big, to = torch.empty(2**20 if a.tiny else 2**28), torch.empty(2**20 if a.tiny else 2**28)
-big.fill_(1)
-to.fill_(1)
-t, _ = in_turn(dict(mm=lambda: x @ y, copy=lambda: to.copy_(big)), 5)
-gflops, gbs = 2 * n**3 / t["mm"] / 1e9, 2 * 4 * len(big) / t["copy"] / 1e9
-limits = dict(matmul_gflops=gflops, copy_gb_per_s=gbs)
-print(
-    f"this machine: float32 matmul {gflops:,.0f} GFLOP/s, copy {gbs:,.1f} GB/s (read and written), {torch.get_num_threads()} threads"
-)
-del x, y, big, to
+class Bench:
+    "The data, the machine's limits, and the rows measured so far."
 
+    def __init__(self, options, folder):
+        self.options, self.folder, self.tiny = options, folder, options.tiny
+        self.n, self.dim = (160, 96) if options.tiny else (options.proteins, 960)
+        self.rng, self.rows = np.random.default_rng(0), {}
+        self.sizes_v5 = TINY_SIZES if options.tiny else {}
+        self.sizes_v2 = TINY_V2 if options.tiny else {}
+        self.lengths = np.maximum(lengths_of(self.n, self.rng), 33)
+        self.ids, _ = real_store(folder / "store.h5", self.lengths, self.dim, self.rng)
+        self.store = EmbeddingStore(folder / "store.h5")
+        self.mean, self.std = (torch.as_tensor(values) for values in self.store.mean_std())
+        self.limits = self.machine_limits()
 
-def stepper(run, k):
-    "k training steps of a run, batches as its own loader brings them."
-    it = [iter(run.train_dl)]
-    run.model.train()
-
-    def go():
-        for _ in range(k):
-            try:
-                b = next(it[0])
-            except StopIteration:
-                it[0] = iter(run.train_dl)
-                b = next(it[0])
-            train_step(run, b)
-            run.step += 1
-
-    return go
-
-
-def where(run, n=5):
-    "Seconds of each part of a training step, median: what `train_step` does, taken apart."
-    got, it = [], iter(run.train_dl)
-    for _ in range(n + 1):
-        t = [time.perf_counter()]
-        b = next(it, None) or next(it := iter(run.train_dl))
-        t.append(time.perf_counter())
-        loss, _ = run.loss(b)
-        t.append(time.perf_counter())
-        loss.backward()
-        t.append(time.perf_counter())
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        t.append(time.perf_counter())
-        run.opt.step()
-        run.opt.zero_grad()
-        t.append(time.perf_counter())
-        got.append(np.diff(t))
-    return dict(zip(("data", "forward", "backward", "clip", "optimiser"), np.median(got[1:], 0).round(4).tolist()))
-
-
-# --- V5
-if "v5" in a.rows:
-    for batch in (16, 64):
-        run = PretrainTrainer("v5", store, tmp / f"v5-{batch}", sizes=S5, cpu=True, epochs=1000, batch_size=batch)
-        k = max(1, 64 // batch)
-        kw = dict(D=D) | dict(dim=96, layers=2, heads=4, ff=192, ddim=32, dlayers=1, dheads=4) if a.tiny else {}
-        plain = PlainV5(**kw).train()
-        po = adamw(plain)
-        vit, vit_loss = vitmae(**kw)
-        vit.train()
-        vo = adamw(vit)
-        each = h5py.File(tmp / "each.h5", "r")
-        cache = run.task.data
-
-        def plain_step():
-            idx = rng.choice(run.train_idx, batch, replace=False)
-            x = torch.zeros(batch, 1502, D)
-            L = torch.as_tensor(lengths[idx])
-            for r, i in zip(x, idx):
-                r[: lengths[i]] = (torch.from_numpy(each[ids[i]][:]).float() - mean) / std
-            update(plain, po, plain(x, L))
-
-        def vit_step():
-            update(vit, vo, vit_loss(cache.__getitems__(rng.choice(run.train_idx, batch, replace=False))["patches"]))
-
-        ours = stepper(run, k)
-        got = in_turn(dict(ours=ours, plain=plain_step, vitmae=vit_step))
-        flops = flops_v5(run.model, lengths[run.train_idx])
-        share = flops * batch * k / got[0]["ours"] / 1e9 / gflops
-        parts = where(run)
+    def machine_limits(self) -> dict:
+        "What a matmul and a copy reach."
+        n, size = (512, 2**20) if self.tiny else (4096, 2**28)
+        one, two = torch.randn(n, n), torch.randn(n, n)
+        source, target = torch.ones(size), torch.ones(size)
+        jobs = dict(matmul=partial(torch.matmul, one, two), copy=partial(target.copy_, source))
+        seconds, _ = in_turn(jobs, 5)
+        gflops, rate = 2 * n**3 / seconds["matmul"] / 1e9, 2 * 4 * size / seconds["copy"] / 1e9
         print(
-            f"v5, batch {batch}, seconds of a step: " + ", ".join(f"{k} {v:.3f}" for k, v in parts.items()), flush=True
+            f"this machine: float32 matmul {gflops:,.0f} GFLOP/s, copy {rate:,.1f} GB/s (read and written), "
+            f"{torch.get_num_threads()} threads"
         )
-        for peer, goal in (("plain", 6), ("vitmae", 1.8)):
-            row(
-                f"v5 {peer} {batch}",
-                "proteins/s",
-                dict(ours=batch * k, plain=batch, vitmae=batch),
-                got,
-                peer,
-                goal,
-                batch=batch,
-                share=share,
-                gflop_per_protein=flops / 1e9,
-                seconds_of_a_step=parts,
-                peer_parameters=count(dict(plain=plain, vitmae=vit)[peer]),
-                our_parameters=run.n_params,
-            )
-        each.close()
-        del run, plain, po, vit, vo
+        return dict(matmul_gflops=gflops, copy_gb_per_s=rate)
 
-# --- V2
-if "v2" in a.rows:
-    batch = 4 if a.tiny else 32
-    run = PretrainTrainer("v2", store, tmp / "v2", sizes=S2, cpu=True, epochs=1000, batch_size=batch)
-    k = len(run.train_dl)  # a whole epoch: long and short batches as they come
-    plain = PlainV2(D, *((64, 1, 4, 128) if a.tiny else ())).train()
-    po = adamw(plain)
+    def pretraining(self, arch, name, **changes):
+        "A run of V2 or V5 on the store."
+        sizes = self.sizes_v5 if arch == "v5" else self.sizes_v2
+        return PretrainTrainer(arch, self.store, self.folder / name, sizes=sizes, cpu=True, **changes)
+
+    def share(self, flops, seconds) -> float:
+        "Arithmetic per second over what a matmul reaches."
+        return flops / seconds / 1e9 / self.limits["matmul_gflops"]
+
+    def padded(self, indices, read) -> tuple:
+        "Standardised residues (B, 1502, D) and lengths (B,), as one writes it; `read` gives a protein's rows."
+        x = torch.zeros(len(indices), MAX_LEN, self.dim)
+        for padded, i in zip(x, indices, strict=True):
+            padded[: self.lengths[i]] = (torch.from_numpy(read(i)).float() - self.mean) / self.std
+        return x, torch.as_tensor(self.lengths[indices])
+
+    def add(self, name, unit, amount, timing, peer, goal, **more):
+        "One row of the report: `amount` maps ours and peer to units per call, `timing` is from `in_turn`."
+        seconds, rounds = timing
+        ours, theirs = amount["ours"] / seconds["ours"], amount[peer] / seconds[peer]
+        pairs = zip(rounds["ours"], rounds[peer], strict=True)
+        ratio = statistics.median([(amount["ours"] / mine) / (amount[peer] / its) for mine, its in pairs])
+        about = dict(commit=git_commit(), limits=self.limits, unit=unit)
+        self.rows[name] = about | dict(ours=ours, peer=theirs, ratio=ratio, goal=goal, seconds=seconds) | more
+        line = f"{name:12} {unit:12} ours {ours:12,.1f}   peer {theirs:12,.1f}   ratio {ratio:6.2f}"
+        line += f" (goal {goal})" if goal else ""
+        line += f"   share of the matmul limit {more['share']:.0%}" if more.get("share") else ""
+        print(line, flush=True)
+
+
+def measure_v5(bench):
+    "V5 at two batch sizes, against the plain network and ViTMAE."
+    path = bench.folder / "each.h5"
+    write_each(path, bench)
+    with h5py.File(path) as each:
+        for batch in (16, 64):
+            measure_v5_batch(bench, batch, each)
+
+
+def measure_v5_batch(bench, batch, each):
+    "V5 at one batch size; `each` is a file with a dataset per protein."
+    run, rng, sizes = bench.pretraining("v5", f"v5-{batch}", epochs=FOREVER, batch_size=batch), bench.rng, {}
+    if bench.tiny:
+        sizes = TINY_PEER_V5
+    plain, vit = PlainV5(bench.dim, **sizes).train(), vitmae(bench.dim, **sizes).train()
+    plain_optimizer, vit_optimizer = adamw(plain), adamw(vit)
+    steps, count_of_steps = Steps(run), max(1, 64 // batch)
+
+    def read(i):
+        return each[bench.ids[i]][:]
 
     def plain_step():
-        idx = rng.choice(run.train_idx, batch, replace=False)
-        x = torch.zeros(batch, 1502, D)
-        L = torch.as_tensor(lengths[idx])
-        for r, i in zip(x, idx):
-            r[: lengths[i]] = (torch.from_numpy(store[i]).float() - mean) / std
-        update(plain, po, plain(x, L))
+        indices = rng.choice(run.train_idx, batch, replace=False)
+        update(plain, plain_optimizer, plain(*bench.padded(indices, read)))
 
-    ours = stepper(run, k)
-    got = in_turn(dict(ours=ours, plain=plain_step), min(a.rounds, 3), 0)
-    tot = float(lengths[run.train_idx].sum())
-    flops = flops_v2(run.model, lengths[run.train_idx])
-    row(
-        "v2 plain",
-        "residues/s",
-        dict(ours=tot, plain=batch * tot / len(run.train_idx)),
-        got,
-        "plain",
-        4.5,
-        batch=batch,
-        share=flops / got[0]["ours"] / 1e9 / gflops,
-    )  # a padded batch costs the same whoever is in it: scaled by the mean length
-    del run, plain, po
+    def vit_step():
+        patches = run.objective.data.__getitems__(rng.choice(run.train_idx, batch, replace=False))["patches"]
+        update(vit, vit_optimizer, vitmae_loss(vit, patches))
 
-# --- the store
-if "store" in a.rows:
-    B, many = 32, 20
-    draws = [rng.choice(N, B, replace=False) for _ in range(many)]
-    size = sum(int(lengths[d].sum()) for d in draws) * D * 2
-    each, dscript = h5py.File(tmp / "each.h5", "r"), h5py.File(tmp / "dscript.h5", "r")
-    mm = np.memmap(tmp / "flat.f16", "f2", "r", shape=flat.shape)
-    keep, room = [None] * B, np.empty((1502 * B, D), np.float16)
-
-    def ours():
-        for d in draws:
-            store.batch(d, room)  # as training reads: into memory it has
-
-    def hdf():
-        for d in draws:
-            for j, i in enumerate(d):
-                keep[j] = each[ids[i]][:]
-
-    def lzf():
-        for d in draws:
-            for j, i in enumerate(d):
-                keep[j] = dscript[ids[i]][:]
-
-    def mapped():
-        for d in draws:
-            for j, i in enumerate(d):
-                keep[j] = np.array(mm[offs[i] : offs[i + 1]])
-
-    got = in_turn(dict(ours=ours, lzf=lzf, hdf=hdf, memmap=mapped), 2 * a.rounds)
-    for peer, goal in (("lzf", 5), ("hdf", None), ("memmap", 0.7)):
-        row(
-            f"store {peer}",
-            "GB/s",
-            {k: size / 1e9 for k in ("ours", "lzf", "hdf", "memmap")},
-            got,
+    jobs = dict(ours=partial(steps.take, count_of_steps), plain=plain_step, vitmae=vit_step)
+    timing = in_turn(jobs, bench.options.rounds)
+    flops = training_flops(run.model, bench.lengths[run.train_idx])
+    parts = steps.parts()
+    words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
+    print(f"v5, batch {batch}, seconds of a step: {words}", flush=True)
+    amount = dict(ours=batch * count_of_steps, plain=batch, vitmae=batch)
+    for peer, model, goal in (("plain", plain, 6), ("vitmae", vit, 1.8)):
+        bench.add(
+            f"v5 {peer} {batch}",
+            "proteins/s",
+            amount,
+            timing,
             peer,
             goal,
-            note="all in the page cache; bytes of float16 delivered",
-            share_of_copy=size / 1e9 / got[0]["ours"] / (gbs / 2),
+            batch=batch,
+            share=bench.share(flops * batch * count_of_steps, timing[0]["ours"]),
+            gflop_per_protein=flops / 1e9,
+            seconds_of_a_step=parts,
+            peer_parameters=count(model),
+            our_parameters=run.n_params,
         )
-    each.close()
-    dscript.close()
 
-# --- PPI with a frozen encoder
-if "ppi" in a.rows:
-    ck = PretrainTrainer("v5", store, tmp / "enc", sizes=S5, cpu=True, epochs=1)
-    ck.save_weights(tmp / "enc" / "e.safetensors", dict(epoch=0, val_loss=0.0))
-    m = 40 * N
-    ia, ib = rng.integers(0, N, (2, m))
-    ok = ia < ib
-    pairs = Pairs(ids, ia[ok], ib[ok], rng.integers(0, 2, ok.sum()).astype("int8"))
-    run = PPITrainer(
-        tmp / "enc" / "e.safetensors",
-        store,
-        pairs,
-        random_split(pairs),
-        tmp / "ppi",
-        cpu=True,
-        epochs=1000,
-        embed_dim=S5.get("embed_dim", 768),
-        n_heads=4 if a.tiny else 8,
-    )
-    net, k, batch = run.model.net, 4, run.config["batch_size"]
-    inputs = EncoderInputs(net, store, mean.numpy(), std.numpy())
-    small = 16
 
-    def naive():  # both proteins of every pair through the encoder, then the same head and step
-        i = rng.choice(run.split.train, small)
-        x, L = inputs.encoded(net, np.concatenate([pairs.a[i], pairs.b[i]]).tolist())
-        j = torch.arange(small)
-        loss = F.binary_cross_entropy_with_logits(
-            net.score(net.whiten(x), L, j, j + small), torch.as_tensor(pairs.label[i], dtype=torch.float32)
-        )
+def measure_v2(bench):
+    "A whole epoch of V2, long and short batches as they come, against steps of the padded network."
+    batch, sizes = (4, TINY_PEER_V2) if bench.tiny else (32, {})
+    run = bench.pretraining("v2", "v2", epochs=FOREVER, batch_size=batch)
+    plain = PlainV2(bench.dim, **sizes).train()
+    optimizer = adamw(plain)
+
+    def plain_step():
+        indices = bench.rng.choice(run.train_idx, batch, replace=False)
+        update(plain, optimizer, plain(*bench.padded(indices, bench.store.__getitem__)))
+
+    jobs = dict(ours=partial(Steps(run).take, len(run.train_dl)), plain=plain_step)
+    timing = in_turn(jobs, min(bench.options.rounds, 3), warm=0)
+    residues = float(bench.lengths[run.train_idx].sum())
+    # a padded batch costs the same whoever is in it: scaled by the mean length
+    amount = dict(ours=residues, plain=batch * residues / len(run.train_idx))
+    flops = training_flops(run.model, bench.lengths[run.train_idx]) * len(run.train_idx)
+    share = bench.share(flops, timing[0]["ours"])
+    bench.add("v2 plain", "residues/s", amount, timing, "plain", 4.5, batch=batch, share=share)
+
+
+def write_each(path, bench, **options):
+    "A file with a dataset per protein; `options` of h5py, and the dtype."
+    dtype = options.pop("dtype", "f2")
+    with h5py.File(path, "w") as f:
+        for name in bench.ids:
+            f.create_dataset(name, data=bench.store[name].astype(dtype), **options)
+
+
+def write_flat(path, bench) -> np.memmap:
+    "All rows in one file without any structure, opened to be read."
+    shape = (int(bench.lengths.sum()), bench.dim)
+    rows = np.memmap(path, "f2", "w+", shape=shape)
+    rows[:] = np.concatenate([bench.store[i] for i in range(bench.n)])
+    rows.flush()
+    return np.memmap(path, "f2", "r", shape=shape)
+
+
+def measure_store(bench):
+    "Batches of random proteins, all in the page cache: into memory that is there, as training reads."
+    draws = [bench.rng.choice(bench.n, DRAWN, replace=False) for _ in range(DRAWS)]
+    size = sum(int(bench.lengths[draw].sum()) for draw in draws) * bench.dim * 2 / 1e9
+    write_each(bench.folder / "hdf.h5", bench)
+    write_each(bench.folder / "lzf.h5", bench, dtype="f4", compression="lzf")
+    flat = write_flat(bench.folder / "flat.f16", bench)
+    offsets = np.concatenate([[0], np.cumsum(bench.lengths)])
+    room, keep = np.empty((MAX_LEN * DRAWN, bench.dim), np.float16), [None] * DRAWN
+
+    def ours():
+        for draw in draws:
+            bench.store.batch(draw, room)
+
+    def one_by_one(read):
+        for draw in draws:
+            for place, i in enumerate(draw):
+                keep[place] = read(i)
+
+    def dataset(file, i):
+        return file[bench.ids[i]][:]
+
+    def mapped(i):
+        return np.array(flat[offsets[i] : offsets[i + 1]])
+
+    with h5py.File(bench.folder / "hdf.h5") as hdf, h5py.File(bench.folder / "lzf.h5") as lzf:
+        readers = dict(lzf=partial(dataset, lzf), hdf=partial(dataset, hdf), memmap=mapped)
+        peers = {name: partial(one_by_one, read) for name, read in readers.items()}
+        timing = in_turn(dict(ours=ours) | peers, 2 * bench.options.rounds)
+    share = size / timing[0]["ours"] / (bench.limits["copy_gb_per_s"] / 2)
+    note = "all in the page cache; bytes of float16 delivered"
+    for peer, goal in (("lzf", 5), ("hdf", None), ("memmap", 0.7)):
+        amount = {"ours": size, peer: size}
+        bench.add(f"store {peer}", "GB/s", amount, timing, peer, goal, note=note, share_of_copy=share)
+
+
+def random_pairs(bench) -> Pairs:
+    "Pairs of random proteins with random labels."
+    a, b = bench.rng.integers(0, bench.n, (2, 40 * bench.n))
+    keep = a < b
+    labels = bench.rng.integers(0, 2, keep.sum()).astype("int8")
+    return Pairs(bench.ids, a[keep], b[keep], labels)
+
+
+def ppi_run(bench):
+    "A run of the classifier on a frozen V5 that was not trained."
+    encoder = bench.pretraining("v5", "encoder", epochs=1)
+    checkpoint = bench.folder / "encoder.safetensors"
+    encoder.save_weights(checkpoint, dict(epoch=0, val_loss=0.0))
+    pairs, changes = random_pairs(bench), dict(embed_dim=bench.sizes_v5.get("embed_dim", 768))
+    changes |= dict(n_heads=4 if bench.tiny else 8, epochs=FOREVER)
+    return PPITrainer(checkpoint, bench.store, pairs, random_split(pairs), bench.folder / "ppi", cpu=True, **changes)
+
+
+def measure_ppi(bench):
+    "Training pairs a second from cached tokens, against both proteins of every pair through the encoder."
+    run, small, encoded = ppi_run(bench), 16, 32
+    net, pairs, batch = run.net, run.pairs, run.config.batch_size
+    inputs = EncoderInputs(net, bench.store, bench.mean.numpy(), bench.std.numpy())
+    once_per_store = list(range(0, bench.n, max(1, bench.n // encoded)))[:encoded]
+
+    def naive():
+        chosen = bench.rng.choice(run.split.train, small)
+        x, lengths = inputs.encode(net, np.concatenate([pairs.a[chosen], pairs.b[chosen]]).tolist())
+        first = torch.arange(small)
+        logits = net.score(net.whiten(x), lengths, first, first + small)
+        loss = F.binary_cross_entropy_with_logits(logits, torch.as_tensor(pairs.label[chosen], dtype=torch.float32))
         run.acc.backward(loss)
         run.opt.step()
         run.opt.zero_grad()
 
-    def encode():  # what is paid once per store and checkpoint
+    def encode():
         with torch.no_grad():
-            inputs.encoded(net, list(range(0, N, max(1, N // 32)))[:32])
+            inputs.encode(net, once_per_store)
 
-    got = in_turn(dict(ours=stepper(run, k), naive=naive, encode=encode))
-    once = got[0]["encode"] / 32
-    row(
-        "ppi",
-        "pairs/s",
-        dict(ours=batch * k, naive=small),
-        got,
-        "naive",
-        10,
-        batch=batch,
-        proteins_encoded_per_s=1 / once,
-        epoch_of_yeast=dict(
-            pairs=60_738,
-            proteins=5_679,
-            cached_s=60_738 * got[0]["ours"] / (batch * k),
-            encode_once_s=5_679 * once,
-            both_every_time_s=60_738 * got[0]["naive"] / small,
-            note="computed from the rates above",
-        ),
+    steps = 4
+    timing = in_turn(dict(ours=partial(Steps(run).take, steps), naive=naive, encode=encode), bench.options.rounds)
+    once = timing[0]["encode"] / encoded
+    epoch = YEAST | dict(
+        cached_s=YEAST["pairs"] * timing[0]["ours"] / (batch * steps),
+        encode_once_s=YEAST["proteins"] * once,
+        both_every_time_s=YEAST["pairs"] * timing[0]["naive"] / small,
+        note="computed from the rates above",
     )
+    amount, more = dict(ours=batch * steps, naive=small), dict(proteins_encoded_per_s=1 / once, epoch_of_yeast=epoch)
+    bench.add("ppi", "pairs/s", amount, timing, "naive", 10, batch=batch, **more)
 
-if "memory" in a.rows and not a.tiny:
-    import subprocess
 
-    o = Path(a.out).with_name("memory.json")
-    subprocess.run([sys.executable, str(Path(__file__).with_name("memory.py")), "--out", str(o)], check=True)
-    rows["memory"] = dict(see=o.name)
+def measure_memory(bench):
+    "memory.py, whose figures stand in a file of their own; not at the tiny size."
+    if bench.tiny:
+        return
+    out = Path(bench.options.out).with_name("memory.json")
+    script = Path(__file__).with_name("memory.py")
+    subprocess.run([sys.executable, str(script), "--out", str(out)], check=True)
+    bench.rows["memory"] = dict(see=out.name)
 
-out = Path(a.out)
-old = (
-    json.loads(out.read_text()).get("rows", {})
-    if out.exists() and set(a.rows) != {"v5", "v2", "store", "ppi", "memory"}
-    else {}
-)
-write_json(
-    out,
-    dict(
+
+MEASURES = dict(v5=measure_v5, v2=measure_v2, store=measure_store, ppi=measure_ppi, memory=measure_memory)
+
+
+def earlier_rows(options) -> dict:
+    "Rows of an earlier run that are kept, where only some are measured now."
+    out = Path(options.out)
+    if set(options.rows) == set(ROWS) or not out.exists():
+        return {}
+    return json.loads(out.read_text()).get("rows", {})
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--proteins", type=int, default=128)
+    parser.add_argument("--tiny", action="store_true", help="small models and stores: to see that it runs")
+    parser.add_argument("--out", default="reports/bench/speed.json")
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, Path(folder))
+        for name in ROWS:
+            if name in options.rows:
+                MEASURES[name](bench)
+    about = dict(
         command="python " + " ".join(sys.argv),
         synthetic=True,
-        proteins=N,
-        dim=D,
-        tiny=a.tiny,
-        limits=limits,
-        rows=old | rows,
-        provenance=provenance(),
-    ),
-)
-print(f"written to {out}")
+        proteins=bench.n,
+        dim=bench.dim,
+        tiny=options.tiny,
+        limits=bench.limits,
+    )
+    write_json(options.out, about | dict(rows=earlier_rows(options) | bench.rows, provenance=provenance()))
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ import os
 import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
-from .hdf5 import Rows, RowsInMemory, damaged, decode_texts, open_h5, read_attributes, stored_dataset
+from .hdf5 import Rows, damaged, decode_texts, open_h5, read_attributes, stored_dataset
 from .shards import Joined, shard_files
 from ..utils.progress import Progress
 
@@ -109,12 +109,6 @@ def _check_shard(shard, k, first, n):
             )
 
 # %% ../../nbs/lib/data/05_store.ipynb #8f01351f
-def _free_memory():
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return float("inf")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
 class EmbeddingStore:
     "Residue embeddings of N proteins in one HDF5 file, or in shards; reads rows on demand."
 
@@ -266,17 +260,6 @@ class EmbeddingStore:
         std = np.sqrt(np.maximum(square - mean**2, 0))
         std[std < 1e-6 * max(std.max(), 1e-30)] = 1
         return mean.astype(np.float32), std.astype(np.float32)
-
-    def to_memory(self):
-        "Read all rows into memory if they fit there; reads come from there from now on. Returns the store."
-        needed, free = self._rows.row * self._rows.shape[0], _free_memory()
-        if needed > 0.8 * free:
-            raise ProtmaeError(
-                f"{self.path} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
-                "read it from the disk, as is the default"
-            )
-        self._rows = RowsInMemory(self._rows.read(0, self._rows.shape[0]), self._rows)
-        return self
 
     def close(self):
         "Close the files."
