@@ -71,7 +71,7 @@ def _check_saved_classifier(
     indices = run.split.test[: run.config.batch_size]
     batch = next(iter(run.loader(run.data, EpochSampler(indices, len(indices), None, shuffle=False))))
     inputs = {name: value for name, value in batch.items() if name not in ("label", "index", "own")}
-    with run.acc.autocast():
+    with run.autocast():
         same = torch.equal(run.logits(batch), PairScorer(net)(**inputs))
     if differing or not same:
         what = f"weights {', '.join(differing[:3])}" if differing else "scores"

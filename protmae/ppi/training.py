@@ -264,7 +264,7 @@ class PPITrainer(Trainer):
         self.model.eval()
         probabilities = torch.zeros(len(self.pairs), dtype=torch.float64)
         for batch in self.loader(self.data, EpochSampler(indices, self.config.batch_size, None, shuffle=False)):
-            with self.acc.autocast():
+            with self.autocast():
                 logits = self.logits(batch).float()
             if batch.get("own", True):
                 probabilities[batch["index"].cpu()] = torch.sigmoid(logits.double().cpu())

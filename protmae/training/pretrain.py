@@ -172,7 +172,7 @@ class PretrainTrainer(Trainer):
         skill, total, values, key = Skill(), 0.0, 0.0, seed_for(self.config.seed, "validate")
         for batch in self.val_dl:
             counted = batch.get("own", True)
-            with self.acc.autocast():
+            with self.autocast():
                 terms, reconstruction = self.objective.loss(self.model, batch, self.config, key)
             loss, count = self.weighted_loss(terms, counted)
             total += loss.item() * float(count)

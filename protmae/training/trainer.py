@@ -51,11 +51,12 @@ class Trainer:
         gpu = torch.cuda.is_available() and not cpu  # Apple's MPS has no float64, which the sums need
         if gpu:  # cuDNN's attention plans anew for each shape, and gave NaN gradients at such widths (pytorch #196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
+        self.precision = config.precision or ("bf16" if gpu else "float32")
         unused = getattr(config, "compress_weight", None) == 0  # V2's compressed vector gets no gradient then
         self.acc = Accelerator(
             cpu=not gpu,
             gradient_accumulation_steps=config.grad_accum,
-            mixed_precision="bf16" if gpu else None,
+            mixed_precision="bf16" if gpu and self.precision == "bf16" else None,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
 
@@ -176,9 +177,15 @@ class Trainer:
             self.opt.zero_grad()
         self.position.step += 1
 
+    def autocast(self):
+        "Matrix products in the run's precision; on a CPU by torch, since accelerate cannot change it within a process."
+        if self.acc.device.type != "cpu":
+            return self.acc.autocast()
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+
     def backward(self, batch) -> tuple:  # the batch's loss, and how many values it is a mean of
         "Gradients of one batch."
-        with self.acc.autocast():
+        with self.autocast():
             loss, count = self.loss(batch)
         self.acc.backward(loss)
         return loss, count
