@@ -50,6 +50,11 @@ class Table:
             return f"{value:,}"
         return f"{value:,.4g}" if isinstance(value, float | np.floating) else str(value)
 
+    @staticmethod
+    def heading(name) -> str:
+        "A column's name in words."
+        return str(name).replace("_", " ")
+
     def _repr_html_(self):
         if self.frame.empty:
             return "<p>(none yet)</p>"
@@ -60,13 +65,13 @@ class Table:
         classes = texts.copy()
         classes[:] = np.where(is_long, "text", "")
         style = Styler(frame, uuid="", cell_ids=False).hide(axis="index").set_td_classes(classes)
-        style = style.format(self.text, escape="html").format_index(escape="html", axis="columns")
+        style = style.format(self.text, escape="html").format_index(self.heading, escape="html", axis="columns")
         return style.set_caption(html.escape(self.caption)).to_html()
 
     def _repr_markdown_(self):
         if self.frame.empty:
             return "(none yet)"
-        rows = [list(self.frame.columns), ["---"] * self.frame.shape[1]]
+        rows = [[self.heading(name) for name in self.frame.columns], ["---"] * self.frame.shape[1]]
         rows += self.frame.map(self.text).to_numpy().tolist()
         lines = [
             "| " + " | ".join(html.escape(str(cell), quote=False).replace("|", "\\|") for cell in row) + " |"
