@@ -251,20 +251,22 @@ def umap_in_lab(browser, folder):
         figure.scroll_into_view_if_needed()
         time.sleep(1)
         check_drawn(page, "06_umap")
-        box = figure.locator(".nsewdrag").first.bounding_box()
-        corners = [(0.1, 0.1), (0.6, 0.1), (0.6, 0.9), (0.1, 0.9), (0.1, 0.1)]
-        spots = [(box["x"] + u * box["width"], box["y"] + v * box["height"]) for u, v in corners]
-        page.mouse.move(*spots[0])
-        page.mouse.down()
-        for x, y in spots[1:]:
-            page.mouse.move(x, y, steps=20)
-        page.mouse.up()
 
-        def the_same_in_all():
+        def choose():
+            "Draw around most points of the first map; the lasso may come before the widget listens, so it is tried again."
+            box = figure.locator(".nsewdrag").first.bounding_box()
+            corners = [(0.1, 0.1), (0.6, 0.1), (0.6, 0.9), (0.1, 0.9), (0.1, 0.1)]
+            spots = [(box["x"] + u * box["width"], box["y"] + v * box["height"]) for u, v in corners]
+            page.mouse.move(*spots[0])
+            page.mouse.down()
+            for x, y in spots[1:]:
+                page.mouse.move(x, y, steps=20)
+            page.mouse.up()
+            time.sleep(5)
             chosen = {points for points in figure.evaluate(SELECTED) if points is not None}
             return len(chosen) == 1 and chosen != {""}
 
-        until("the points chosen in one map to be chosen in all", the_same_in_all, 30)
+        until("the points chosen in one map to be chosen in all", choose, 90)
         shot(page, "umap_chosen")
 
 
