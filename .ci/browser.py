@@ -253,7 +253,7 @@ def umap_in_lab(browser, folder):
         check_drawn(page, "06_umap")
 
         def choose():
-            "Draw around most points of the first map; the lasso may come before the widget listens, so it is tried again."
+            "Draw around most points of the first map; tried again, since the lasso may come before the widget listens."
             box = figure.locator(".nsewdrag").first.bounding_box()
             corners = [(0.1, 0.1), (0.6, 0.1), (0.6, 0.9), (0.1, 0.9), (0.1, 0.1)]
             spots = [(box["x"] + u * box["width"], box["y"] + v * box["height"]) for u, v in corners]
