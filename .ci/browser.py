@@ -252,6 +252,10 @@ def umap_in_lab(browser, folder):
         time.sleep(1)
         check_drawn(page, "06_umap")
 
+        def the_same_in_all():
+            chosen = {points for points in figure.evaluate(SELECTED) if points is not None}
+            return len(chosen) == 1 and chosen != {""}
+
         def choose():
             "Draw around most points of the first map; tried again, since the lasso may come before the widget listens."
             box = figure.locator(".nsewdrag").first.bounding_box()
@@ -262,9 +266,11 @@ def umap_in_lab(browser, folder):
             for x, y in spots[1:]:
                 page.mouse.move(x, y, steps=20)
             page.mouse.up()
-            time.sleep(5)
-            chosen = {points for points in figure.evaluate(SELECTED) if points is not None}
-            return len(chosen) == 1 and chosen != {""}
+            try:
+                until("the points chosen in one map to be chosen in all", the_same_in_all, 30)
+                return True
+            except AssertionError:
+                return False
 
         until("the points chosen in one map to be chosen in all", choose, 90)
         shot(page, "umap_chosen")
