@@ -133,6 +133,7 @@ def start_lab(folder):
     settings = folder / "settings"
     write_setting(settings, "notebook-extension", "tracker", '{"windowingMode": "none"}')  # every cell in the page
     write_setting(settings, "apputils-extension", "notification", '{"fetchNews": "false"}')
+    write_setting(settings, "docmanager-extension", "plugin", '{"autosave": false}')  # the checkout stays clean
     token = secrets.token_hex(16)
     env = ENV | dict(JUPYTER_TOKEN=token, JUPYTERLAB_SETTINGS_DIR=str(settings))
     for name, place in dict(
