@@ -1,0 +1,295 @@
+"""A pretended card: the library's own steps on fake CUDA tensors, on a machine without one.
+
+Under torch's FakeTensorMode tensors have shapes, dtypes and devices, and no values: whatever asks for a value on the
+host, or mixes devices, raises. `pretended_card.cpp` lets torch's CPU build run backward passes of such tensors.
+
+    python pretended_card.py FOLDER     # every case: a line of JSON each, in the folder's stores
+
+Import it in a process of its own, and before torch: what it changes in torch stays changed.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).parent
+TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+
+
+def build_guard(folder) -> Path:
+    "Compile the device guard with g++: 15 seconds."
+    library = Path(folder) / "pretended_card.so"
+    include, lib = TORCH / "include", TORCH / "lib"
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{include}", f"-I{include}/torch/csrc/api/include"]
+    links = [f"-L{lib}", "-lc10", "-ltorch_cpu", "-o", str(library)]
+    subprocess.run(["g++", *flags, str(HERE / "pretended_card.cpp"), *links], check=True)
+    return library
+
+
+def load_guard(library):
+    "Before torch is imported, so that it finds the guard when it looks for one."
+    assert "torch" not in sys.modules, "pretended_card must be imported before torch"
+    for name in ("libc10.so", "libtorch_cpu.so", "libtorch.so"):
+        ctypes.CDLL(str(TORCH / "lib" / name), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+if __name__ == "__main__":
+    load_guard(build_guard(sys.argv[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  (refuses to be imported after `pretend_cuda`)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+MEMORY = 80 * 2**30  # bytes
+MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
+
+
+def pretend_cuda():
+    "What the library and accelerate ask torch.cuda."
+    cuda, nothing = torch.cuda, lambda *a, **k: None
+    about = dict(major=9, minor=0, multi_processor_count=132, total_memory=MEMORY, name="pretended")
+    replies = dict(
+        is_available=True,
+        is_initialized=True,
+        device_count=1,
+        current_device=0,
+        is_bf16_supported=True,
+        get_device_capability=(9, 0),
+        get_device_name="pretended",
+        mem_get_info=(MEMORY, MEMORY),
+        get_device_properties=SimpleNamespace(**about),
+        is_current_stream_capturing=False,
+        max_memory_allocated=0,
+    )
+    for name, reply in replies.items():
+        setattr(cuda, name, lambda *a, reply=reply, **k: reply)
+    for name in ("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "synchronize", "empty_cache"):
+        setattr(cuda, name, nothing)
+    cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.amp.is_autocast_available = lambda *a: True
+    FakeTensorMode.avoid_device_init = property(lambda self: True)
+    torch.nn.Module.to = lambda self, *a, **k: self  # modules are made on the card; fake ones cannot be moved
+
+
+# ---- what is watched
+
+
+class Watch(TorchDispatchMode):
+    "Counts copies from the card to the host, large tensors in float64, and the precisions of matrix products."
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.doubles, self.products = Counter(), Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name, inputs = function.overloadpacket.__name__, [x for x in args if isinstance(x, torch.Tensor)]
+        outputs = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, torch.Tensor)]
+        if any(x.is_cuda for x in inputs) and any(x.device.type == "cpu" for x in outputs):
+            self.reads[place_in_library()] += 1
+        if any(x.is_cuda and x.dtype == torch.float64 and x.numel() > 10_000 for x in outputs):
+            self.doubles[place_in_library()] += 1
+        if name in MATMULS or "attention" in name:
+            self.products[str(outputs[0].dtype).removeprefix("torch.")] += 1
+            assert outputs[0].is_cuda, f"{name} on {outputs[0].device}"
+        return result
+
+    def found(self) -> dict:
+        "The counts, and an empty record again."
+        found = {name: dict(value) for name, value in vars(self).items() if isinstance(value, Counter)}
+        for name in found:
+            getattr(self, name).clear()
+        return found
+
+
+def place_in_library() -> str:
+    "The innermost line of protmae that is running."
+    frame = sys._getframe(2)
+    while frame and "protmae/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "elsewhere"
+
+
+def answer_reads(watch):
+    "A value read on the host is counted and answered with ones, so that what comes after it can be looked at too."
+    real = {name: getattr(torch.Tensor, name) for name in ("cpu", "tolist", "item", "__bool__", "__int__", "__float__")}
+
+    def answering(name):
+        def method(self, *args, **kwargs):
+            if not isinstance(self, FakeTensor):
+                return real[name](self, *args, **kwargs)
+            if self.is_cuda:
+                watch.reads[place_in_library()] += 1
+            with unset_fake_temporarily():
+                ones = torch.ones(self.shape, dtype=self.dtype)
+                return ones if name == "cpu" else real[name](ones, *args, **kwargs)
+
+        return method
+
+    for name in real:
+        setattr(torch.Tensor, name, answering(name))
+
+
+@contextlib.contextmanager
+def card(watch):
+    "New tensors are fake."
+    with FakeTensorMode(allow_non_fake_inputs=True), watch:
+        yield
+
+
+def made_on_card(module, name):
+    "What this function or class makes lies on the card: fake modules cannot be moved there."
+    real = getattr(module, name)
+
+    @functools.wraps(real, updated=())
+    def make(*args, **kwargs):
+        with torch.device("cuda"):
+            return real(*args, **kwargs)
+
+    setattr(module, name, make)
+
+
+# ---- cases
+
+
+class Cases:
+    "Whole steps of the library, small and synthetic."
+
+    def __init__(self, folder):
+        from protmae.data.patches import PatchCache
+        from protmae.data.synthetic import make_demo_store
+        from protmae.ppi.pairs import read_pairs
+        from protmae.ppi import training
+        from protmae.ppi.splits import make_split
+        from protmae.training import pretrain
+
+        self.folder, self.watch = Path(folder), Watch()
+        self.store = make_demo_store(self.folder / "demo.h5", n=60, dim=64)
+        for patching in ("window", "adaptive"):
+            PatchCache(self.store, patching)
+        self.pairs = read_pairs(self.folder / "demo.pairs.tsv", self.store)
+        self.split = make_split(self.pairs, "random", 0)
+        for module, name in ((pretrain, "build"), (training, "make_classifier"), (training, "PPIClassifier")):
+            made_on_card(module, name)
+        answer_reads(self.watch)
+
+    def pretraining(self, arch, **more) -> dict:
+        "Every step of an epoch, and the validation."
+        from protmae.models.v2 import TINY_V2
+        from protmae.models.v5 import TINY_V5
+        from protmae.training.pretrain import PretrainTrainer
+
+        sizes = dict(v2=TINY_V2, v5=TINY_V5)[arch] | more.pop("sizes", {})
+        with card(self.watch):
+            run = PretrainTrainer(arch, self.store, self.new_folder(), sizes=sizes, epochs=2, batch_size=16, **more)
+            return self.epoch_of(run)
+
+    def interactions(self, encoder, **more) -> dict:
+        "The same for a classifier."
+        from protmae.ppi import training
+
+        mean, std = np.zeros(self.store.dim, "f4"), np.ones(self.store.dim, "f4")
+        arch = dict(v5="v5", v2="v2").get(encoder[:2], "patches")
+        meta = dict(arch=arch, mean=mean, std=std, sizes={})
+        training.load_encoder = lambda *a: (self.encoder(encoder), meta)
+        training.file_sha256 = lambda path: "0" * 64
+        checkpoint = None if encoder == "none" else f"{encoder}.safetensors"
+        sizes = dict(embed_dim=64, n_heads=4, batch_size=64, epochs=2)
+        with card(self.watch):
+            run = training.PPITrainer(
+                checkpoint, self.store, self.pairs, self.split, self.new_folder(), **sizes, **more
+            )
+            return self.epoch_of(run)
+
+    @torch.device("cuda")
+    def encoder(self, name):
+        from protmae.models.classifier import IdentityEncoder
+        from protmae.models.v2 import TINY_V2, TransformerMAE
+        from protmae.models.v5 import TINY_V5, MAEEncoder
+
+        if name == "none":
+            return IdentityEncoder(self.store.dim)
+        if name == "v2":
+            return TransformerMAE(self.store.dim, **TINY_V2)
+        sizes = {key: value for key, value in TINY_V5.items() if not key.startswith("decoder")}
+        return MAEEncoder(self.store.dim, **sizes, patching=name.removeprefix("v5 ") if " " in name else "window")
+
+    def new_folder(self):
+        return self.folder / f"run{len(list(self.folder.iterdir()))}"
+
+    def batches(self, loader) -> list:
+        "DataLoader reads values, so the batches come from its dataset."
+        inner = loader.batch_sampler
+        for index in getattr(inner, "batch_sampler", inner):
+            batch = loader.dataset.__getitems__(index)
+            yield {name: value.to("cuda", non_blocking=True) for name, value in batch.items()}
+
+    def epoch_of(self, run) -> dict:
+        "Steps, then the reading of their losses, then the validation: what each of them asks the card for."
+        run.model.train()
+        self.watch.found()
+        steps = 0
+        for batch in self.batches(run.train_dl):
+            run.train_step(batch)
+            steps += 1
+        in_steps = self.watch.found()
+        self.check_places(run)
+        run.flush_pending_losses()
+        late = self.watch.found()
+        run.val_dl = list(self.batches(run.val_dl))
+        self.watch.found()
+        run.validation()
+        validation = self.watch.found()
+        return dict(steps=steps, **in_steps, losses=late["reads"], validation=validation["reads"], batches=len(run.val_dl))
+
+    def check_places(self, run):
+        "Weights, their gradients and the optimiser's state lie on the card, in float32."
+        tensors = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        tensors |= {f"state of weight {i}": v for i, s in enumerate(run.opt.state.values()) for v in s.values()}
+        for name, tensor in tensors.items():
+            assert tensor.device.type == "cuda" and tensor.dtype == torch.float32, (name, tensor.device, tensor.dtype)
+
+
+def main(folder):
+    pretend_cuda()
+    cases = Cases(folder)
+    everything = {
+        "v5 random": lambda: cases.pretraining("v5"),
+        "v5 block": lambda: cases.pretraining("v5", mask="block"),
+        "v5 adaptive": lambda: cases.pretraining("v5", sizes=dict(patching="adaptive")),
+        "v5 accumulation": lambda: cases.pretraining("v5", grad_accum=2),
+        "v2": lambda: cases.pretraining("v2"),
+        "v2 plain loss": lambda: cases.pretraining("v2", compress_weight=0),
+        "ppi none": lambda: cases.interactions("none"),
+        "ppi v5 frozen": lambda: cases.interactions("v5"),
+        "ppi v5 adaptive": lambda: cases.interactions("v5 adaptive"),
+        "ppi v2 frozen": lambda: cases.interactions("v2"),
+        "ppi focal": lambda: cases.interactions("v5", focal=2.0),
+        "ppi v5 fine-tuned": lambda: cases.interactions("v5", finetune=True),
+        "ppi v2 fine-tuned": lambda: cases.interactions("v2", finetune=True),
+        "ppi v5 LoRA": lambda: cases.interactions("v5", finetune="lora", lora_rank=4),
+        "ppi v2 LoRA": lambda: cases.interactions("v2", finetune="lora", lora_rank=4),
+        "ppi contrastive": lambda: cases.interactions("v5", contrastive=1),
+    }
+    for name, case in everything.items():
+        try:
+            found = case()
+        except Exception as e:
+            traceback.print_exc(limit=-8)
+            found = dict(failed=f"{type(e).__name__}: {str(e)[:400]}")
+        print(json.dumps(dict(case=name) | found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
