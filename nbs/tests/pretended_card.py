@@ -203,6 +203,7 @@ class Cases:
         arch = dict(v5="v5", v2="v2").get(encoder[:2], "patches")
         meta = dict(arch=arch, mean=mean, std=std, sizes={})
         training.load_encoder = lambda *a: (self.encoder(encoder), meta)
+        made_on_card(training, "load_encoder")
         training.file_sha256 = lambda path: "0" * 64
         checkpoint = None if encoder == "none" else f"{encoder}.safetensors"
         sizes = dict(embed_dim=64, n_heads=4, batch_size=64, epochs=2)
@@ -212,7 +213,6 @@ class Cases:
             )
             return self.epoch_of(run)
 
-    @torch.device("cuda")
     def encoder(self, name):
         from protmae.models.classifier import IdentityEncoder
         from protmae.models.v2 import TINY_V2, TransformerMAE
