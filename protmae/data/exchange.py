@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['import_h5', 'export_h5']
 
-# %% ../../nbs/lib/data/07_exchange.ipynb #2424052d
+# %% ../../nbs/lib/data/07_exchange.ipynb #ae55287a
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
+from .allocation import reserve
 from .fasta import record_id
 from .hdf5 import check_local, open_h5
 from .writer import StoreWriter, create, writer_lock
 from ..utils.files import atomic
 from ..utils.progress import Progress
 
-# %% ../../nbs/lib/data/07_exchange.ipynb #537cc6cd
+# %% ../../nbs/lib/data/07_exchange.ipynb #1393f3ff
 def _find_datasets(f, group, seen, parents=()):
     "Name and dataset of everything in a group and in the groups inside; refuses links, and groups in circles."
     address = h5py.h5o.get_info(group.id).addr
@@ -76,7 +77,7 @@ def _find_ids(source, datasets, sequences):
         )
     return ids
 
-# %% ../../nbs/lib/data/07_exchange.ipynb #d2177ddb
+# %% ../../nbs/lib/data/07_exchange.ipynb #28663f7d
 def _rows_and_width(dataset):
     "Shape without a leading 1; a single vector is one row."
     shape = dataset.shape
@@ -115,7 +116,7 @@ def _check_dataset(source, dataset, name, width_of_first, sequence):
             f"{source}: {name!r} has {rows} rows but its sequence {len(sequence)} residues; were special tokens kept?"
         )
 
-# %% ../../nbs/lib/data/07_exchange.ipynb #56dc3025
+# %% ../../nbs/lib/data/07_exchange.ipynb #b42e6f12
 _HALF = np.finfo(np.float16)
 
 
@@ -149,7 +150,7 @@ def _write_store(path, source, ids, sequences, datasets, model):
             for i, value in enumerate(largest):
                 _check_scale(f"{source}: dimension {i}", value, float(_HALF.smallest_subnormal) / 2)
 
-# %% ../../nbs/lib/data/07_exchange.ipynb #0a22b860
+# %% ../../nbs/lib/data/07_exchange.ipynb #e4aac67b
 def import_h5(
     source,  # HDF5 with one dataset per protein
     path,  # of the new store
@@ -175,7 +176,7 @@ def import_h5(
         print(f"{missing:,} of {len(ids):,} proteins have no sequence{advice}")
     return Path(path), cut
 
-# %% ../../nbs/lib/data/07_exchange.ipynb #9cc2559e
+# %% ../../nbs/lib/data/07_exchange.ipynb #f93089bf
 def _dataset_names(ids, kind):
     "The name of each protein's dataset; raises `ProtmaeError` where HDF5 cannot keep an id or two."
     names = list(ids) if kind == "dscript" else [id.replace("/", "_") for id in ids]
@@ -192,7 +193,7 @@ def _dataset_names(ids, kind):
         raise ProtmaeError(f"two ids become one name, with _ for /, such as {_first_twice(names)!r}; rename a protein")
     return names
 
-# %% ../../nbs/lib/data/07_exchange.ipynb #8fc17423
+# %% ../../nbs/lib/data/07_exchange.ipynb #9d559e23
 def export_h5(
     store,  # `EmbeddingStore`
     path,  # of the new HDF5 file
@@ -212,15 +213,16 @@ def export_h5(
     model = store.model if vectors is None else f"{store.model} {kind}"
     if kind == "mean" and vectors is None:
         vectors = store.moments()[0]
-    try:
-        with atomic(path) as tmp, h5py.File(tmp, "w") as f:
+    dim = store.dim if vectors is None else vectors.shape[1]
+    rows = int(store.lengths.sum()) if vectors is None else len(store)
+    with atomic(path) as tmp:
+        with open(tmp, "wb") as file:  # HDF5 crashes on a full disk, so that is found out before
+            reserve(file, 4 * dim * rows + 4096 * (len(store) + 1), Path(path).parent)
+        with h5py.File(tmp, "w") as f, Progress(len(names), "export", "proteins") as progress:
             f.attrs.update(model_name=model, layer=store.layer, fingerprint=store.fingerprint)
-            with Progress(len(names), "export", "proteins") as progress:
-                for i, name in enumerate(names):
-                    values = store[i] if vectors is None else vectors[i]
-                    dataset = f.create_dataset(name, data=np.float32(values[None] if kind == "dscript" else values))
-                    dataset.attrs["original_id"] = store.ids[i]
-                    progress.update()
-    except RuntimeError as e:  # h5py's on closing a file that could not be written
-        raise ProtmaeError(f"cannot write {path} ({' '.join(str(e).split())[:150]}); free some space") from None
+            for i, name in enumerate(names):
+                values = store[i] if vectors is None else vectors[i]
+                dataset = f.create_dataset(name, data=np.float32(values[None] if kind == "dscript" else values))
+                dataset.attrs["original_id"] = store.ids[i]
+                progress.update()
     return Path(path)
