@@ -44,7 +44,8 @@ def _written_id(source, name, dataset):
     text = dataset.attrs.get("original_id", name)
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else str(text)
-    except UnicodeDecodeError:
+        text.encode("utf-8")
+    except UnicodeError:
         raise ProtmaeError(f"{source}: the original_id of {name!r} is not UTF-8 text; write it as such") from None
     id = record_id(text)
     if not id:
