@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 
 from ..core import ProtmaeError
-from ..models.hub import build, load_model, save_model
+from ..models.hub import build, load_model, read_tensors, save_model
 from .baselines import BASELINES
 from .leakage import degree_scores
 from .metrics import auroc
 from .pairs import read_pairs
-from .results import evaluate_baseline, evaluate_test_split, read_test_result
+from .predict import load_weights
+from .results import check_saved_classifier, evaluate_baseline, evaluate_test_split, read_test_result
 from .splits import load_split, make_split, subsample_train
 from .training import PPITrainer, best_epoch, ppi_run_dir
 from ..training.pretrain import pretrain
@@ -166,6 +167,9 @@ def run_network(
     if test:
         evaluate_test_split(run, **more)
     else:
+        weights = run.out / "best.safetensors"
+        load_weights(run.net, read_tensors(weights)[0], weights)
+        check_saved_classifier(run, weights)
         best = best_epoch(run.history)
         print(f"validation AUROC {best['val_auroc']:.4f} in epoch {best['epoch']}; the test pairs were not looked at")
     return run

@@ -13,7 +13,8 @@ import torch
 
 from ..core import ProtmaeError
 from ..models.classifier import IdentityEncoder
-from ..models.hub import check_sizes, load_model, read_tensors
+from ..models.hub import build, check_sizes, load_model, read_tensors
+from ..models.v5 import MAEEncoder
 from .config import config_for
 from .datasets import PairBatches
 from .features import EncoderInputs, TokenCache, WhitenedFeatures
@@ -26,14 +27,17 @@ def load_weights(
     net,  # `PPIClassifier`
     state: dict,  # from its file
     path,  # for messages
+    whole: bool = False,  # refuse a file without the encoder; else one that did not learn may be missing
 ):  # raises `ProtmaeError` unless exactly the saved weights are there
     "Load what a run has saved of its classifier."
+    outside = saved_weights(net) - saved_weights(net, whole=False)
+    whole = whole or not outside.isdisjoint(state)
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)
     except RuntimeError as e:
         why = " ".join(str(e).split())[:200]
         raise ProtmaeError(f"{path} does not fit this classifier ({why}); was it trained on another encoder?") from None
-    lacking = sorted(saved_weights(net).intersection(missing))
+    lacking = sorted(saved_weights(net, whole).intersection(missing))
     if unexpected or lacking:
         raise ProtmaeError(
             f"{path} does not fit this classifier (missing: {lacking[:3]}, not expected: {unexpected[:3]}); "
@@ -43,24 +47,43 @@ def load_weights(
 # %% ../../nbs/lib/ppi/09_predict.ipynb #9a92d2d5
 def load_classifier(
     path,  # best.safetensors of a PPI run
-    checkpoint=None,  # the encoder's file, if it has moved
+    checkpoint=None,  # the encoder's file, for a classifier's file that does not hold it and if it has moved
 ) -> tuple:  # `PPIClassifier` in eval mode, dict with arch, config, mean, std, ...; raises `ProtmaeError`
     "A trained classifier, ready to use."
     state, about = read_tensors(path)
     if not about or "encoder" not in about:
         raise ProtmaeError(f"{path} is no classifier of a PPI run; pass the best.safetensors that 04_train_ppi wrote")
     about = _check_description(path, state, about)
+    whole = about["encoder"] is None or (checkpoint is None and about.get("network") is not None)
     if about["encoder"] is None:
         dim = about["mean"].size
-        model, arch = IdentityEncoder(dim), "patches"
+        encoder = IdentityEncoder(dim)
+    elif whole:
+        encoder = _build_encoder(path, state, about["network"])
+        dim = encoder.input_dim
     else:
         model, meta = _load_encoder(path, checkpoint, about)
-        dim, arch = meta["sizes"]["input_dim"], meta["arch"]
+        dim = meta["sizes"]["input_dim"]
+        encoder = model.encoder if meta["arch"] == "v5" else model
     if not all(about[name].shape == (dim,) and np.isfinite(about[name]).all() for name in ("mean", "std")):
         raise ProtmaeError(f"{path}: its mean and std do not fit {dim} inputs; it is damaged")
-    net = make_classifier(model.encoder if arch == "v5" else model, about["config"])
-    load_weights(net, state, path)
+    net = make_classifier(encoder, about["config"])
+    load_weights(net, state, path, whole)
     return net.eval(), about
+
+
+def _build_encoder(path, state, network):
+    "The encoder that a file describes, with fresh weights; the file's are loaded into it afterwards."
+    try:
+        arch, sizes = network["arch"], dict(network["sizes"])
+        if arch == "v5":
+            sizes = {name: size for name, size in sizes.items() if not name.startswith("decoder_")}
+        check_sizes(path, sizes, state)
+        return MAEEncoder(**sizes) if arch == "v5" else build(arch, **sizes)
+    except ProtmaeError:
+        raise
+    except Exception as e:
+        raise ProtmaeError(f"{path} does not describe its encoder ({type(e).__name__}: {e}); it is damaged") from None
 
 
 def _check_description(path, state, about):
