@@ -16,10 +16,9 @@ from ..models.classifier import IdentityEncoder
 from ..models.hub import build, check_sizes, load_model, read_tensors
 from ..models.v5 import MAEEncoder
 from .config import config_for
-from .datasets import PairBatches
-from .features import EncoderInputs, TokenCache, WhitenedFeatures
 from .pairs import Pairs
-from .training import PairScorer, make_classifier, saved_weights
+from .scoring import ProteinFeatures, Scorer
+from .training import make_classifier, saved_weights
 from ..utils.download import file_sha256
 
 # %% ../../nbs/lib/ppi/09_predict.ipynb #13dedd03
@@ -119,7 +118,6 @@ def _load_encoder(path, checkpoint, about):
     return load_model(file)
 
 # %% ../../nbs/lib/ppi/09_predict.ipynb #3b04ff2b
-@torch.no_grad()
 def predict(
     path,  # best.safetensors of a PPI run
     store,  # `EmbeddingStore` of the same language model
@@ -135,17 +133,12 @@ def predict(
         raise ProtmaeError(f"{path} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}")
     if not len(pairs):
         return np.zeros(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.to(device)
-    inputs = EncoderInputs(net, store, about["mean"], about["std"])
-    if net.frozen:
-        inputs = WhitenedFeatures(net, TokenCache(net, store, about["mean"], about["std"]), pairs.proteins)
-    data, scorer, out = PairBatches(pairs, inputs), PairScorer(net), []
-    for i in range(0, len(pairs), batch_size):
-        batch = data.__getitems__(np.arange(i, min(i + batch_size, len(pairs))))
-        batch = {name: value.to(device) for name, value in batch.items() if name not in ("label", "index")}
-        out.append(torch.sigmoid(scorer(**batch).double()).cpu().numpy())
-    return np.concatenate(out)
+    net.to("cuda" if torch.cuda.is_available() else "cpu")
+    places = np.stack([np.zeros(len(store), np.int64), np.arange(len(store))], 1)
+    scorer = Scorer(net, ProteinFeatures(net, about, [store], places, pairs.proteins), pairs.proteins)
+    parts = np.split(np.arange(len(pairs)), np.arange(batch_size, len(pairs), batch_size))
+    logits = np.concatenate([scorer(pairs.a[part], pairs.b[part], grid=False) for part in parts])
+    return torch.from_numpy(logits).double().sigmoid().numpy()
 
 
 def _pairs_of(store, a, b):

@@ -155,7 +155,9 @@ class Scorer:
             return
         self.place = {int(i): row for row, i in enumerate(proteins)}
         parts = [self._computed(proteins[i : i + batch]) for i in range(0, len(proteins), batch)]
-        self.table = ProteinTerms(*(torch.cat(column) for column in zip(*(vars(p).values() for p in parts), strict=True)))
+        self.table = ProteinTerms(
+            *(torch.cat(column) for column in zip(*(vars(p).values() for p in parts), strict=True))
+        )
 
     def _computed(self, proteins):
         features, lengths = self.features.batch(proteins)
