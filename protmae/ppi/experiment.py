@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'SMALL', 'papermill_command', 'chosen_split', 'run_baselines', 'encoder_checkpoint',
-           'untrained_checkpoint', 'run_network', 'demo_systems', 'result_table', 'test_scores']
+           'untrained_checkpoint', 'run_network', 'demo_systems', 'demo_classifier', 'result_table', 'test_scores']
 
 # %% ../../nbs/lib/ppi/11_experiment.ipynb #6ade72f7
 import json
@@ -193,6 +193,18 @@ def demo_systems(
     for name in ("degree", "logistic"):
         run_baselines(name, "embedding", None, vectors, store, pairs, split, runs, degree_auroc=degree_auroc)
     return folders
+
+# %% ../../nbs/lib/ppi/11_experiment.ipynb #745ed69f
+def demo_classifier(
+    store,  # the synthetic `EmbeddingStore`, with its pairs beside it
+    runs,  # folder of all runs
+) -> Path:  # folder of the run
+    "A small V5 and its head, trained for a moment on synthetic pairs and tested on C3; kept if it is there already."
+    pairs = read_pairs(store.path.with_suffix(".pairs.tsv"), store)
+    checkpoint, small = encoder_checkpoint("v5", None, store, runs)
+    settings = small | dict(n_layers=2, epochs=3)
+    split = make_split(pairs, "C3", 0, store=store)
+    return run_network("v5", checkpoint, store, pairs, split, runs, settings=settings).out
 
 # %% ../../nbs/lib/ppi/11_experiment.ipynb #4361033c
 def result_table(
