@@ -197,8 +197,10 @@ def read_pair_list(
     if not rows:
         raise ProtmaeError(f"{path} is empty; expected lines of two protein ids")
     columns = _columns_of_header(rows[0][1])
-    if columns and any(proteins.find(rows[0][1][i]) < 0 for i in columns):
-        rows = rows[1:]  # else it is two proteins that are called as a header might be
+    if columns and all(proteins.find(rows[0][1][i]) >= 0 for i in columns):
+        columns = None  # two proteins that are called as a header might be
+    if columns:
+        rows = rows[1:]
     first, second = columns or (0, 1)
     ends = [], []
     for number, cells in rows:
@@ -208,7 +210,9 @@ def read_pair_list(
                 "expected two protein ids, separated as in the first line"
             )
         for end, name in zip(ends, (cells[first], cells[second]), strict=True):
-            end += proteins.positions([name], f"{path} line {number}").tolist()
+            end.append(proteins.find(name))
+            if end[-1] < 0:
+                proteins.positions([name], f"{path} line {number}")  # says what to do
     if not rows:
         raise ProtmaeError(f"{path} holds a header and no pair; expected lines of two protein ids")
     return ListedPairs(*(np.array(end, np.int64) for end in ends))

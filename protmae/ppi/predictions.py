@@ -65,37 +65,44 @@ SYNC_SECONDS = 10.0  # between two syncs to the disk
 
 
 def score_pairs(
-    scorer,  # `Scorer`, or what is called like it; None: only go on from what is there
+    scorer,  # `Scorer`, or what is called like it
     pairs,  # `ListedPairs` or `PairGrid`
     path,  # of the logits
     key: str,  # model, proteins and pairs: logits of another key are not gone on with
     name=str,  # of a protein by position, for messages
-):  # raises `ProtmaeError` where a score is no number
+):  # raises `ProtmaeError` where a score is no number, or the disk is full
     "Score all pairs, appending each tile to a file; go on with what an earlier call has left."
     path = Path(path)
     make_folder(path.parent)
-    with writer_lock(path), open(path, "r+b" if path.exists() else "w+b") as file:
-        tiles, done = _go_on(file, key, pairs)
-        if done:
-            print(f"{done:,} of {len(pairs):,} pairs are scored already")
-        synced = time.monotonic()
-        with Progress(len(pairs), "score", "pairs", done) as progress:
-            for tile in islice(pairs.tiles(), tiles, None):
-                logits = scorer(tile.a, tile.b, tile.keep is not None)
-                logits = logits if tile.keep is None else logits[tile.keep]
-                if not np.isfinite(logits).all():
-                    a, b = (end[int(np.argmin(np.isfinite(logits)))] for end in tile.pairs)
-                    raise ProtmaeError(
-                        f"the score of {name(a)} with {name(b)} is not a number; "
-                        "are the embeddings of the language model that this model was trained on?"
-                    )
-                file.write(_record(logits))
-                if time.monotonic() - synced > SYNC_SECONDS:
-                    file.flush()
-                    os.fsync(file.fileno())
-                    synced = time.monotonic()
-                progress.update(len(tile))
-        seconds, n = time.perf_counter() - progress.begin, len(pairs) - done
+    try:
+        with writer_lock(path), open(path, "r+b" if path.exists() else "w+b") as file:
+            _score(scorer, pairs, file, key, name)
+    except OSError as e:
+        raise ProtmaeError(f"cannot write {path}: {e.strerror or e}; then run the same command again to go on") from e
+
+
+def _score(scorer, pairs, file, key, name):
+    tiles, done = _go_on(file, key, pairs)
+    if done:
+        print(f"{done:,} of {len(pairs):,} pairs are scored already")
+    synced = time.monotonic()
+    with Progress(len(pairs), "score", "pairs", done) as progress:
+        for tile in islice(pairs.tiles(), tiles, None):
+            logits = scorer(tile.a, tile.b, tile.keep is not None)
+            logits = logits if tile.keep is None else logits[tile.keep]
+            if not np.isfinite(logits).all():
+                a, b = (end[int(np.argmin(np.isfinite(logits)))] for end in tile.pairs)
+                raise ProtmaeError(
+                    f"the score of {name(a)} with {name(b)} is not a number; "
+                    "are the embeddings of the language model that this model was trained on?"
+                )
+            file.write(_record(logits))
+            if time.monotonic() - synced > SYNC_SECONDS:
+                file.flush()
+                os.fsync(file.fileno())
+                synced = time.monotonic()
+            progress.update(len(tile))
+    seconds, n = time.perf_counter() - progress.begin, len(pairs) - done
     print(f"{n:,} pairs scored in {format_duration(seconds)}: {n / seconds:,.0f} pairs/s")
 
 # %% ../../nbs/lib/ppi/15_predictions.ipynb #d36b2819
@@ -131,32 +138,36 @@ def kept_pairs(
     pairs,  # the pairs they were written for
     top: int = None,  # keep so many, those with the highest scores
     least: float = -np.inf,  # keep those with at least this logit
-    by_rank: bool = True,  # sorted by score, the highest first; else in the pairs' order
+    by_rank: bool = True,  # sorted by score, the highest first; else in the pairs' order, and `top` is not heeded
 ) -> pd.DataFrame:  # a, b (positions), logit, rank
     "Pairs with their logits and ranks among all; no more than those kept are held in memory."
-    parts, held, before = [], 0, 0
-    room = None if top is None else 2 * top + 1_000_000
+    parts, held = [_no_pairs()], 0
     for tile, logits in read_scores(path, pairs):
-        a, b = tile.pairs
-        place = before + np.arange(len(a))
         wanted = logits >= least
-        parts.append(pd.DataFrame(dict(a=a[wanted], b=b[wanted], logit=logits[wanted], place=place[wanted])))
-        before, held = before + len(a), held + int(wanted.sum())
-        if room and held > room:
-            parts = [_best(parts, top)]
-            held = top
-    table = _best(parts, top)
-    order = -table.logit.to_numpy()
-    table["rank"] = 1 + np.searchsorted(order, order)
-    if not by_rank:
-        table = table.sort_values("place")
-    return table.drop(columns="place").reset_index(drop=True)
+        parts.append(_columns(*(end[wanted] for end in tile.pairs), logits[wanted]))
+        held += len(parts[-1])
+        if by_rank and top is not None and held > 2 * top + 1_000_000:
+            parts = [_best(pd.concat(parts), top)]
+            held = len(parts[0])
+    table = pd.concat(parts, ignore_index=True)
+    best = _best(table, top)
+    falling = -best.logit.to_numpy()
+    rank = 1 + np.searchsorted(falling, falling if by_rank else -table.logit.to_numpy())
+    return (best.reset_index(drop=True) if by_rank else table).assign(rank=rank)
 
 
-def _best(parts, top):
-    table = pd.concat(parts) if parts else pd.DataFrame(dict(a=[], b=[], logit=[], place=[]))
-    order = np.lexsort([table.place, -table.logit.to_numpy(np.float64)])
-    return table.iloc[order[:top]]
+def _columns(a, b, logit):
+    "Twelve bytes a pair: all pairs of a proteome are many."
+    return pd.DataFrame(dict(a=a.astype("i4"), b=b.astype("i4"), logit=logit))
+
+
+def _no_pairs():
+    return _columns(np.zeros(0, "i4"), np.zeros(0, "i4"), np.zeros(0, "f4"))
+
+
+def _best(table, top):
+    "Sorted by score, equal ones in the pairs' order."
+    return table.iloc[np.argsort(-table.logit.to_numpy(), kind="stable")[:top]]
 
 # %% ../../nbs/lib/ppi/15_predictions.ipynb #f883a85b
 class Labelling:
