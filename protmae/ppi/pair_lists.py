@@ -39,13 +39,14 @@ class ProteinSet:
         self,
         sources: list,  # of `EmbeddingStore` and `SequenceFile`
     ):
-        self.sources, self.ids, self.sequences, self._index = sources, [], [], {}
-        places, lengths = [], []
+        self.sources, self.ids, self.sequences = sources, [], []
+        self._by_name, self._by_accession, places, lengths = {}, {}, [], []
         for k, source in enumerate(sources):
             for i, (name, sequence) in enumerate(zip(source.ids, source.sequences, strict=True)):
-                known = self._index.get(name)
-                if known is None:
-                    self._index[name] = len(self.ids)
+                known = self.find(name)
+                if known < 0 or places[known][0] == k:
+                    self._by_name[name] = len(self.ids)
+                    self._by_accession.setdefault(record_id(name), len(self.ids))
                     self.ids.append(name)
                     self.sequences.append(sequence)
                     places.append((k, i))
@@ -57,16 +58,15 @@ class ProteinSet:
                     )
         self.places = np.array(places, np.int64).reshape(-1, 2)  # (N, 2) source and position
         self.lengths = np.array(lengths, np.int64)
-        for i, name in enumerate(self.ids):
-            self._index.setdefault(record_id(name), i)  # an imported store may have ids such as sp|P12345|NAME
 
     def __len__(self):
         return len(self.ids)
 
     def find(self, name: str) -> int:
-        "The position of a protein, -1 where it is not here."
-        found = self._index.get(name)
-        return self._index.get(record_id(name), -1) if found is None else found
+        "The position of a protein, -1 where it is not here; `sp|P12345|NAME` and P12345 are the same."
+        accession = record_id(name)
+        exact = self._by_name.get(name, self._by_name.get(accession))
+        return self._by_accession.get(accession, -1) if exact is None else exact
 
     def positions(self, names, what: str) -> np.ndarray:
         "Positions of proteins; `what` tells in the message where the names came from. Raises `ProtmaeError`."

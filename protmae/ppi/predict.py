@@ -16,7 +16,7 @@ from ..models.classifier import IdentityEncoder
 from ..models.hub import build, check_sizes, load_model, read_tensors
 from ..models.v5 import MAEEncoder
 from .config import config_for
-from .pairs import Pairs
+from .pair_lists import ListedPairs, ProteinSet
 from .scoring import ProteinFeatures, Scorer
 from .training import make_classifier, saved_weights
 from ..utils.download import file_sha256
@@ -96,14 +96,31 @@ def _check_description(path, state, about):
             sized.append("lora_rank")
         check_sizes(path, {name: getattr(config, name) for name in sized}, state)
         statistics = {name: np.asarray(about[name], "f4") for name in ("mean", "std")}
-        checkpoint = about["checkpoint"] and str(about["checkpoint"])
+        checkpoint, card = about["checkpoint"] and str(about["checkpoint"]), _check_card(about)
     except ProtmaeError:
         raise
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ProtmaeError(
             f"{path}: its description is not that of a PPI run ({type(e).__name__}: {e}); it is damaged"
         ) from None
-    return about | statistics | dict(config=config, checkpoint=checkpoint)
+    return about | statistics | card | dict(config=config, checkpoint=checkpoint)
+
+
+def _check_card(about):
+    "What a file says of its training and its test; None for what it does not say."
+    share, proteins, tested = (about.get(name) for name in ("train_share_positive", "train_proteins", "tested"))
+    if tested is not None:
+        metrics, _ = tested["metrics"], [tested[name] for name in ("kind", "seed", "leaks")]
+        numbers = [tested["test_pairs"], *(metrics[name] for name in ("auroc", "auprc_1to10", "ece", "threshold"))]
+        numbers += [limit for low, high in metrics.get("interval", {}).values() for limit in (low, high)]
+        if not np.isfinite(np.asarray(numbers, "f8")).all():
+            raise ValueError("its test result is not finite")
+    return dict(
+        data=dict(about.get("data") or {}),
+        train_share_positive=None if share is None else float(share),
+        train_proteins=None if proteins is None else {str(name): str(value) for name, value in proteins.items()},
+        tested=tested,
+    )
 
 
 def _load_encoder(path, checkpoint, about):
@@ -127,30 +144,18 @@ def predict(
     batch_size: int = 256,  # pairs
 ) -> np.ndarray:  # (n,) probability that each pair interacts, calibrated to the training pairs' class balance
     "Score pairs with a trained classifier; raises `ProtmaeError` for unknown proteins or another width."
-    net, about = load_classifier(path, checkpoint)
-    pairs = _pairs_of(store, a, b)
-    if store.dim != len(about["mean"]):
-        raise ProtmaeError(f"{path} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}")
-    if not len(pairs):
-        return np.zeros(0)
-    net.to("cuda" if torch.cuda.is_available() else "cpu")
-    places = np.stack([np.zeros(len(store), np.int64), np.arange(len(store))], 1)
-    scorer = Scorer(net, ProteinFeatures(net, about, [store], places, pairs.proteins), pairs.proteins)
-    parts = np.split(np.arange(len(pairs)), np.arange(batch_size, len(pairs), batch_size))
-    logits = np.concatenate([scorer(pairs.a[part], pairs.b[part], grid=False) for part in parts])
-    return torch.from_numpy(logits).double().sigmoid().numpy()
-
-
-def _pairs_of(store, a, b):
-    "Unlabelled pairs of a store's proteins."
     if len(a) != len(b):
         raise ProtmaeError(f"{len(a)} first and {len(b)} second proteins; expected as many")
-    positions = {name: i for i, name in enumerate(store.ids)}
-    missing = sorted({name for name in (*a, *b) if name not in positions})
-    if missing:
-        raise ProtmaeError(
-            f"{len(missing):,} proteins are not in {store.path}, {missing[0]!r} first; "
-            "embed them, or leave out their pairs"
-        )
-    first, second = (np.array([positions[name] for name in names], np.int64) for names in (a, b))
-    return Pairs(store.ids, first, second, np.zeros(len(a), "i1"))
+    net, about = load_classifier(path, checkpoint)
+    if store.dim != len(about["mean"]):
+        raise ProtmaeError(f"{path} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}")
+    proteins = ProteinSet([store])
+    first, second = proteins.positions(list(a), "a"), proteins.positions(list(b), "b")
+    if not len(first):
+        return np.zeros(0)
+    net.to("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = np.union1d(first, second)
+    scorer = Scorer(net, ProteinFeatures(net, about, [store], proteins.places, wanted), wanted)
+    tiles = ListedPairs(first, second, batch_size).tiles()
+    logits = np.concatenate([scorer(tile.a, tile.b, grid=False) for tile in tiles])
+    return torch.from_numpy(logits).double().sigmoid().numpy()

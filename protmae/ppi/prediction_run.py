@@ -8,20 +8,19 @@ __all__ = ['HEAD', 'model_file', 'PredictionRequest', 'embed_missing', 'Predicti
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #539a0599
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import torch
 
 from ..core import ProtmaeError, check_number
-from ..data.fasta import clean_sequences, read_sequences
 from ..data.patches import patch_bounds
 from ..data.store import EmbeddingStore
 from ..embed.run import embed_fasta
-from .pair_lists import PairGrid, ProteinSet, read_pair_list
+from .pair_lists import PairGrid, ProteinSet, SequenceFile, read_pair_list
 from .predict import load_classifier
 from protmae.ppi.predictions import (
     Labelling,
@@ -56,10 +55,10 @@ class PredictionRequest:
     "Which pairs to score, and where their proteins are; raises `ProtmaeError` where that is not said, or said twice."
 
     pairs: str = None  # table of pairs
-    all: bool = False  # every pair
-    query: tuple = ()  # ids, or one file of ids
-    against: str = None  # FASTA or store whose proteins the queries are paired with
-    fasta: tuple = ()  # one or two sequence files
+    all: bool = False  # every pair of the proteins in `fasta`, or else in `store`
+    query: tuple = ()  # ids, or one file of ids, that are paired with the proteins in `against`, `fasta` or `store`
+    against: str = None  # FASTA or store
+    fasta: tuple = ()  # one or two sequence files; two and nothing else: each protein of one with each of the other
     store: str = None  # embeddings that there are
 
     def __post_init__(self):
@@ -90,10 +89,13 @@ def embed_missing(
             "which language model made its embeddings; embed the file with `protmae embed` as for the model's "
             "training, and pass --store"
         )
-    fasta = out.with_name(f"{out.stem}.missing.fasta")
-    with atomic(fasta) as tmp:
-        Path(tmp).write_text("".join(f">{name}\n{sequence}\n" for name, sequence in sequences.items()))
-    return embed_fasta(fasta, out.with_name(f"{out.stem}.embeddings.h5"), like=model)
+    table = out.with_name(f"{out.stem}.missing.tsv")
+    with atomic(table) as tmp:
+        lines = [f"{name}\t{sequence}\n" for name, sequence in sequences.items()]
+        Path(tmp).write_text("".join(["id\tsequence\n", *lines]))
+    store = embed_fasta(table, out.with_name(f"{out.stem}.embeddings.h5"), like=model)
+    table.unlink()
+    return store
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #b924a8a7
 class PredictionInputs:
@@ -106,69 +108,52 @@ class PredictionInputs:
         about: dict,  # of it, from `load_classifier`
         out,  # of the predictions: embeddings that are missing are put beside it
     ):
-        self.model, self.about = model, about
-        against_store = request.against if request.against and _is_hdf5(request.against) else None
-        against_fasta = request.against if request.against and not against_store else None
-        stores = [self._open(path) for path in dict.fromkeys(filter(None, (request.store, against_store)))]
-        records = [_read_fasta(path) for path in (*request.fasta, *filter(None, [against_fasta]))]
-        stores += self._missing(stores, records, out)
-        self.proteins = ProteinSet(stores)
-        sets = [self.proteins.positions(list(found), "the sequence file") for found in records]
-        for found, positions in zip(records, sets, strict=True):
-            self._check_sequences(found, positions)
-        self.pairs = self._pairs(request, sets, against_store)
-
-    def _open(self, path):
-        store, dim = EmbeddingStore(path), len(self.about["mean"])
-        if store.dim != dim:
-            raise ProtmaeError(f"{self.model} was trained on {dim} dimensions, {store.path} has {store.dim}")
-        return store
-
-    def _missing(self, stores, records, out):
-        "A store with the proteins of the sequence files that are in none of the stores, or no store."
-        known = ProteinSet(stores) if stores else None
-        lacking = {}
-        for found in records:
-            for name, sequence in found.items():
-                if known is None or known.find(name) < 0:
-                    if lacking.setdefault(name, sequence) != sequence:
-                        raise ProtmaeError(f"{name!r} has different sequences in the two files; give it another id")
-        return [embed_missing(self.model, self.about, lacking, out)] if lacking else []
-
-    def _check_sequences(self, records, positions):
-        for (name, sequence), i in zip(records.items(), positions, strict=True):
-            stored = self.proteins.sequences[i]
-            if stored and stored != sequence:
+        paths = filter(None, (request.store, *request.fasta, request.against))
+        sources = {path: _open(path, path == request.store) for path in dict.fromkeys(paths)}
+        self.stores = [source for source in sources.values() if isinstance(source, EmbeddingStore)]
+        for store in self.stores:
+            if store.dim != len(about["mean"]):
                 raise ProtmaeError(
-                    f"{name!r} has another sequence in {self.proteins.where} than in the sequence file; "
-                    "embed the file into a store of its own, or give the protein another id"
+                    f"{model} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}"
                 )
+        files = [source for source in sources.values() if source not in self.stores]
+        self.proteins = ProteinSet([*self.stores, *files])
+        self.places = self.proteins.places.copy()  # (N, 2) store and position in it
+        named = {path: self.proteins.positions(source.ids, path) for path, source in sources.items()}
+        self.pairs = self._pairs(request, named)
+        self._embed_missing(model, about, out)
 
-    def _pairs(self, request, sets, against_store):
+    def _pairs(self, request, positions):
+        "The pairs, where `positions` says for each path which proteins are in it."
         proteins = self.proteins
         if request.pairs:
             return read_pair_list(request.pairs, proteins)
-        whole = np.unique(np.concatenate(sets)) if sets else np.arange(len(proteins))
+        fasta = [positions[path] for path in request.fasta]
+        whole = np.concatenate(fasta or [positions[request.against or request.store]])
         if request.all:
             return PairGrid(whole, whole, proteins.lengths)
         if not request.query:
-            return PairGrid(*sets, proteins.lengths)
-        first = proteins.positions(_query_ids(request.query), "--query")
-        if against_store:
-            whole = proteins.positions(EmbeddingStore(against_store).ids, "--against")
-        elif request.against:
-            whole = sets[-1]
-        return PairGrid(first, whole, proteins.lengths)
+            return PairGrid(*fasta, proteins.lengths)
+        if request.against:
+            whole = positions[request.against]
+        return PairGrid(proteins.positions(_query_ids(request.query), "--query"), whole, proteins.lengths)
+
+    def _embed_missing(self, model, about, out):
+        "Embed the proteins of these pairs that are in a sequence file only."
+        wanted = self.pairs.proteins
+        lacking = wanted[self.places[wanted, 0] >= len(self.stores)]
+        if not len(lacking):
+            return
+        sequences = {self.proteins.ids[i]: self.proteins.sequences[i] for i in lacking}
+        store = embed_missing(model, about, sequences, out)
+        position = {name: i for i, name in enumerate(store.ids)}
+        self.places[lacking] = [(len(self.stores), position[name]) for name in sequences]
+        self.stores.append(store)
 
 
-def _is_hdf5(path):
-    with open(path, "rb") if Path(path).is_file() else open(os.devnull, "rb") as file:
-        return Path(path).suffix == ".h5" or file.read(8) == b"\x89HDF\r\n\x1a\n"
-
-
-def _read_fasta(path):
-    ids, sequences, _ = clean_sequences(read_sequences(path), source=str(path))
-    return dict(zip(ids, sequences, strict=True))
+def _open(path, is_store):
+    is_store = is_store or Path(path).suffix == ".h5" or h5py.is_hdf5(path)
+    return EmbeddingStore(path) if is_store else SequenceFile(path)
 
 
 def _query_ids(query):
@@ -203,12 +188,10 @@ def predict_pairs(
     if not len(pairs):
         raise ProtmaeError("there is no pair to score: a protein is not paired with itself; give two or more proteins")
     labelling = Labelling(about, proteins, prior)
-    scores = out.with_name(f"{out.name}.scores")
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    features = ProteinFeatures(net, about, proteins.stores, proteins.places, pairs.proteins)
-    score_pairs(
-        Scorer(net, features, pairs.proteins), pairs, scores, _key(model, proteins, pairs), proteins.ids.__getitem__
-    )
+    scorer = Scorer(net, ProteinFeatures(net, about, inputs.stores, inputs.places, pairs.proteins), pairs.proteins)
+    scores = out.with_name(f"{out.name}.scores")
+    score_pairs(scorer, pairs, scores, _key(model, inputs), proteins.ids.__getitem__)
     remarks = meaning(about, prior)
     if out.suffix.lower() == ".h5":
         head = None
@@ -226,8 +209,10 @@ def predict_pairs(
     return head, remarks
 
 
-def _key(model, proteins, pairs):
-    parts = [file_sha256(model), *(store.fingerprint for store in proteins.stores), pairs.digest]
+def _key(model, inputs):
+    "A digest of all that decides the scores and their order."
+    ids = "\n".join(inputs.proteins.ids[i] for i in inputs.pairs.proteins)
+    parts = [file_sha256(model), *(store.fingerprint for store in inputs.stores), inputs.pairs.digest, ids]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #3a1fa4e3
@@ -252,9 +237,9 @@ def explain_pair(
 ) -> PairAttention:
     "The attention behind one pair's score, along both sequences."
     net, about = load_classifier(model_file(model), checkpoint)
-    proteins = PredictionInputs(request, model_file(model), about, Path(out)).proteins
-    two = proteins.positions([a, b], "the pair")
-    features, lengths = ProteinFeatures(net, about, proteins.stores, proteins.places, two).batch(two)
+    inputs = PredictionInputs(request, model_file(model), about, out)
+    two = inputs.proteins.positions([a, b], "the pair")
+    features, lengths = ProteinFeatures(net, about, inputs.stores, inputs.places, two).batch(two)
     weights = [each.mean(1).numpy() for each in pair_attention(net, features, lengths)]
     starts, ends = patch_bounds(lengths, net.patching)
     counts = [each.shape[1] - 1 for each in weights]

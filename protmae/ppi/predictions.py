@@ -180,7 +180,7 @@ class Labelling:
         prior: float = None,  # share of the pairs asked about that interact; None: as in training
     ):
         self.ids, self.prior = np.array(proteins.ids, object), prior
-        self.trained = about.get("train_share_positive")
+        self.trained = about["train_share_positive"]
         if prior is not None and self.trained is None:
             raise ProtmaeError(
                 "this model does not say how many of its training pairs interact, which prior needs; "
@@ -188,9 +188,9 @@ class Labelling:
             )
         if prior is not None:
             shift_prior([], self.trained, prior)
-        metrics = (about.get("tested") or {}).get("metrics", {})
-        self.threshold = metrics.get("threshold") if metrics.get("threshold_from") == "validation" else None
-        training = about.get("train_proteins")
+        metrics = (about["tested"] or {}).get("metrics", {})
+        self.threshold = metrics["threshold"] if metrics.get("threshold_from") == "validation" else None
+        training = about["train_proteins"]
         self.seen = None
         if training is not None:
             digests = set(training.values()) - {""}
@@ -321,25 +321,26 @@ def meaning(
     prior: float = None,  # as in `Labelling`
 ) -> list:  # of sentences
     "What a probability of this model stands for, and how the model was tested."
-    trained, tested = about.get("train_share_positive"), about.get("tested")
+    trained, tested = about["train_share_positive"], about["tested"]
     if trained is None:
         lines = ["Probabilities belong to the class balance of the training pairs, which this file does not tell."]
-    else:
+    elif prior is None:
         lines = [f"Probabilities belong to the balance of the training pairs, of which {trained:.1%} interact."]
-    if prior is not None:
-        lines[0] = f"Probabilities are shifted from {trained:.1%} interacting pairs, as in training, to {prior:.3g}."
+    else:
+        lines = [
+            f"Probabilities are shifted from {trained:.1%} interacting pairs, as in training, to {100 * prior:.3g}%."
+        ]
     if about["config"].focal:
         lines.append("The model was trained with the focal loss, so its probabilities are not calibrated.")
     if tested is None:
         return [*lines, "The model was not tested."]
     metrics = tested["metrics"]
     figures = [_figure(metrics, "auroc", "AUROC"), _figure(metrics, "auprc_1to10", "AUPRC at 1 to 10")]
-    if metrics.get("ece") is not None:
-        figures.append(f"calibration error {metrics['ece']:.3f}")
     kind = dict(own="published").get(tested["kind"], tested["kind"])
     lines.append(
-        f"Tested on {tested['test_pairs']:,} pairs of {tested['pairs'] or 'a table'} ({kind} split, seed "
-        f"{tested['seed']}; it gives away {tested['leaks']}): {', '.join(figures)}."
+        f"Tested on {tested['test_pairs']:,} pairs of {about['data'].get('pairs') or 'a table'} ({kind} split, seed "
+        f"{tested['seed']}; it gives away {tested['leaks']}): {', '.join(figures)}, "
+        f"calibration error {metrics['ece']:.3f}."
     )
     if metrics["threshold_from"] == "validation":
         shifted = ", before the shift" if prior is not None else ""
@@ -356,7 +357,7 @@ def applies_to(
     words = dict(both="both proteins", one="one protein", none="no protein", unknown="an unknown number of proteins")
     parts = [f"{counts[name]:,} with {words[name]}" for name in words if name in counts]
     lines = [f"Of {len(seen):,} pairs written: {', '.join(parts)} in the training pairs."]
-    tested = about.get("tested")
+    tested = about["tested"]
     kind = TESTED_ON.get(tested["kind"]) if tested else None
     if tested and kind is None:
         lines.append("The test pairs were a mixture of all three, so the figures are of that mixture.")
