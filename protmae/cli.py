@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -204,12 +205,12 @@ RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-4]  # what `train` p
 def predict(
     model: str,  # best.safetensors of a PPI run, or its folder
     *,
-    pairs: str = None,  # table of pairs, two ids a line; no label is needed
-    all: bool = False,  # every pair of the proteins
-    query: list = None,  # ids, or a file of ids, that are paired with the other proteins
-    against: str = None,  # FASTA or store: the other proteins of --query
-    fasta: list = None,  # sequences of the proteins; two files: each of one with each of the other
-    store: str = None,  # embeddings of the proteins, made like those the model was trained on
+    pairs: str = None,  # score the pairs of a table, two ids a line; no label is needed
+    all: bool = False,  # score every pair of the proteins
+    query: list = None,  # score these ids, or those in a file, with all other proteins
+    against: str = None,  # FASTA or store with the other proteins of --query; without it --fasta or --store
+    fasta: list = None,  # sequences; two files and nothing else: score each protein of one with each of the other
+    store: str = None,  # embeddings, made like those the model was trained on; those that are missing are computed
     out: str = "predictions.tsv",  # .tsv, .parquet, or .h5 for a matrix of all pairs
     top: int = None,  # write only so many pairs, those with the highest probabilities
     min: float = None,  # write only pairs with at least this probability
@@ -219,8 +220,14 @@ def predict(
     "Score protein pairs with a trained classifier; run it again to go on after an interruption."
     from protmae.ppi.prediction_run import PredictionRequest, predict_pairs
 
-    request = PredictionRequest(pairs, all, tuple(query or ()), against, tuple(fasta or ()), store)
-    head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint)
+    request = PredictionRequest(
+        pairs=pairs, all=all, query=tuple(query or ()), against=against, fasta=tuple(fasta or ()), store=store
+    )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is like Ctrl-C
+    try:
+        head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if head is not None:
         print(head.to_string(index=False, max_rows=10, float_format="{:.4g}".format))
     print("\n".join([*remarks, f"written to {out}"]))

@@ -327,9 +327,7 @@ def meaning(
     elif prior is None:
         lines = [f"Probabilities belong to the balance of the training pairs, of which {trained:.1%} interact."]
     else:
-        lines = [
-            f"Probabilities are shifted from {trained:.1%} interacting pairs, as in training, to {100 * prior:.3g}%."
-        ]
+        lines = [f"Probabilities are shifted from {trained:.1%} interacting pairs, as in training, to {prior:g}."]
     if about["config"].focal:
         lines.append("The model was trained with the focal loss, so its probabilities are not calibrated.")
     if tested is None:

@@ -8,6 +8,7 @@ __all__ = ['attention_figure']
 # %% ../../nbs/lib/viz/09_pair_figure.ipynb #3198bec0
 import html
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -18,7 +19,7 @@ from .theme import OKABE_ITO
 def attention_figure(
     look: PairAttention,  # from `explain_pair`
 ) -> go.Figure:
-    "Attention of the interaction token over both proteins' patches, a row for each protein, a colour for each layer."
+    "Attention of the interaction token over both proteins' patches, a row for each protein, a line for each layer."
     titles = []
     for name, length, cls in zip(look.ids, look.lengths, look.cls, strict=True):
         shares = ", ".join(f"{share:.1%}" for share in cls)
@@ -26,19 +27,21 @@ def attention_figure(
     figure = make_subplots(2, 1, subplot_titles=titles, vertical_spacing=0.24, shared_yaxes="all")
     for row, (bounds, patches) in enumerate(zip(look.bounds, look.patches, strict=True), 1):
         for layer, shares in enumerate(patches):
-            figure.add_bar(
-                x=bounds.mean(1) + 0.5,
-                width=bounds[:, 1] - bounds[:, 0],
-                y=100 * shares,
+            figure.add_scatter(
+                x=np.append(bounds[:, 0], bounds[-1, 1]) + 0.5,
+                y=100 * np.append(shares, shares[-1]),
+                mode="lines",
+                line=dict(shape="hv", width=2.5, color=OKABE_ITO[layer % 7]),
                 name=f"layer {layer + 1}",
                 legendgroup=str(layer),
                 showlegend=row == 1,
-                marker=dict(color=OKABE_ITO[layer % 7], opacity=0.6, line=dict(width=0)),
-                customdata=bounds + [1, 0],
+                customdata=np.vstack([bounds, bounds[-1:]]) + [1, 0],
                 hovertemplate="residues %{customdata[0]}–%{customdata[1]}: %{y:.2f} %",
                 row=row,
                 col=1,
             )
-    figure.update_xaxes(title_text="residue")
+    even = 100 / sum(len(bounds) + 1 for bounds in look.bounds)
+    figure.add_hline(even, line=dict(dash="dot", color="grey"), annotation_text="evenly spread", row="all", col="all")
+    figure.update_xaxes(title_text="residue", range=[0, max(look.lengths) + 1])
     figure.update_yaxes(title_text="attention, %", rangemode="tozero")
-    return figure.update_layout(template="plotly_white", height=520, barmode="overlay", margin=dict(t=60, b=10))
+    return figure.update_layout(template="plotly_white", height=520, margin=dict(t=60, b=10))
