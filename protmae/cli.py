@@ -25,7 +25,8 @@ from .core import ProtmaeError
 def embed(
     fasta: str,  # FASTA, plain or .gz, or a table with a sequence column
     store: str,  # the .h5 to write, to go on with or to add to
-    model: str = "esmc_300m",  # esmc_300m, esmc_600m, unirep, or an ESM-2 such as esm2_t33_650M_UR50D
+    model: str = "esmc_300m",  # esmc_300m, unirep, esm2_t33_650M_UR50D, a hub name (ESM-C, ESM-2, T5), or a folder
+    layer: int = None,  # which layer of the language model, counted from 1; without it the last, normalised
     dim: int = None,  # project to this width with PCA, for example 960 for unirep
     pca_ids: str = None,  # file of ids that PCA may be fitted on (the training proteins)
     device: str = None,  # cpu or cuda; without it a GPU if there is one
@@ -40,9 +41,8 @@ def embed(
     if shard and shards not in (None, total):
         raise ProtmaeError(f"--shards {shards} and --shard {shard} contradict each other; give one of them")
     ids = read_ids(pca_ids) if pca_ids else None
-    embed_fasta(
-        fasta, store, model, dim=dim, pca_ids=ids, device=device, max_tokens=max_tokens, shards=total, shard=which
-    )
+    options = dict(layer=layer, dim=dim, pca_ids=ids, device=device, max_tokens=max_tokens)
+    embed_fasta(fasta, store, model, shards=total, shard=which, **options)
 
 # %% ../nbs/lib/99_cli.ipynb #bb6fbecf
 def parse_shard(
