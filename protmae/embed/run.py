@@ -39,7 +39,7 @@ def get_embedder(
 
         return UniRep(device=device)
     if name.startswith(("esmc_", "esm2")) or "/" in name or Path(name).is_dir():
-        from protmae.embed.esm import LanguageModel
+        from protmae.embed.language_models import LanguageModel
 
         return LanguageModel(name, device, layer)
     raise ProtmaeError(

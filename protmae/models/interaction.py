@@ -147,8 +147,11 @@ class _CrossLayer(nn.Module):
         n, D = z.shape
         pooled = self.attend(z, sides).to(z.dtype)
         v = self.v.weight.view(self.heads, D // self.heads, D).to(pooled.dtype)
-        values = torch.einsum("bhd,hcd->bhc", pooled, v).reshape(n, D) + self.v.bias
-        z = z + self.drop(self.out(values))
+        return self.update(z, torch.einsum("bhd,hcd->bhc", pooled, v).reshape(n, D))
+
+    def update(self, z, values):
+        "(..., D) and the attended values (..., D) -> (..., D): output projection and feed-forward part."
+        z = z + self.drop(self.out(values + self.v.bias))
         return z + self.drop(self.ff(self.norm2(z)))
 
 # %% ../../nbs/lib/models/05_interaction.ipynb #ff3e4c78

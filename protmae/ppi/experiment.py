@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'SMALL', 'papermill_command', 'chosen_split', 'run_baselines', 'encoder_checkpoint',
-           'untrained_checkpoint', 'run_network', 'demo_systems', 'result_table', 'test_scores']
+           'untrained_checkpoint', 'run_network', 'demo_systems', 'demo_classifier', 'result_table', 'test_scores']
 
 # %% ../../nbs/lib/ppi/11_experiment.ipynb #6ade72f7
 import json
@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 
 from ..core import ProtmaeError
-from ..models.hub import build, load_model, save_model
+from ..models.hub import build, load_model, read_tensors, save_model
 from .baselines import BASELINES
 from .leakage import degree_scores
 from .metrics import auroc
 from .pairs import read_pairs
-from .results import evaluate_baseline, evaluate_test_split, read_test_result
+from .predict import load_weights
+from .results import check_saved_classifier, evaluate_baseline, evaluate_test_split, read_test_result
 from .splits import load_split, make_split, subsample_train
 from .training import PPITrainer, best_epoch, ppi_run_dir
 from ..training.pretrain import pretrain
@@ -166,6 +167,9 @@ def run_network(
     if test:
         evaluate_test_split(run, **more)
     else:
+        weights = run.out / "best.safetensors"
+        load_weights(run.net, read_tensors(weights)[0], weights)
+        check_saved_classifier(run, weights)
         best = best_epoch(run.history)
         print(f"validation AUROC {best['val_auroc']:.4f} in epoch {best['epoch']}; the test pairs were not looked at")
     return run
@@ -189,6 +193,18 @@ def demo_systems(
     for name in ("degree", "logistic"):
         run_baselines(name, "embedding", None, vectors, store, pairs, split, runs, degree_auroc=degree_auroc)
     return folders
+
+# %% ../../nbs/lib/ppi/11_experiment.ipynb #745ed69f
+def demo_classifier(
+    store,  # the synthetic `EmbeddingStore`, with its pairs beside it
+    runs,  # folder of all runs
+) -> Path:  # folder of the run
+    "A small V5 and its head, trained for a moment on synthetic pairs and tested on C3; kept if it is there already."
+    pairs = read_pairs(store.path.with_suffix(".pairs.tsv"), store)
+    checkpoint, small = encoder_checkpoint("v5", None, store, runs)
+    settings = small | dict(n_layers=2, epochs=3)
+    split = make_split(pairs, "C3", 0, store=store)
+    return run_network("v5", checkpoint, store, pairs, split, runs, settings=settings).out
 
 # %% ../../nbs/lib/ppi/11_experiment.ipynb #4361033c
 def result_table(

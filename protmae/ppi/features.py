@@ -72,33 +72,37 @@ class TokenCache:
         std,  # (D,)
         path=None,  # None: beside the store, named by digest
         max_tokens: int = 16384,  # residues per batch while encoding
+        proteins=None,  # positions of those that will be asked for; None: all
+        exact: bool = False,  # keep float32: for an encoder that was fine-tuned, whose head never saw float16
     ):
         if not model.frozen:
             raise ProtmaeError(
                 "the encoder is not frozen: what it says changes as it trains; use EncoderInputs instead of a cache"
             )
-        self._locate(model.encoder, store, mean, std, model.patching, path)
-        self.built = len(self.rows.missing()) > 0
+        self._locate(model.encoder, store, mean, std, model.patching, path, exact)
+        self.built = len(self.rows.missing(proteins)) > 0
         if self.built:
             inputs = EncoderInputs(model, store, mean, std)
-            self.rows.fill(partial(self._encoded, model, inputs, max_tokens), doing="encode proteins")
+            self.rows.fill(partial(self._encoded, model, inputs, max_tokens), proteins, doing="encode proteins")
 
     @classmethod
     def found(cls, encoder, store, mean, std, patching: str = "window"):
         "The cache of this encoder beside this store if an earlier run has left one, else None."
         cache = cls.__new__(cls)
-        cache._locate(encoder, store, mean, std, patching, None)
+        cache._locate(encoder, store, mean, std, patching, None, False)
         cache.built = False
         return None if len(cache.rows.missing()) else cache
 
-    def _locate(self, encoder, store, mean, std, patching, path):
+    def _locate(self, encoder, store, mean, std, patching, path, exact):
         self.store, self.patching = store, patching
         self.cls = int(isinstance(encoder, MAEEncoder))  # tokens in front of the patches
         self.counts = n_patches(store.lengths, patching) + self.cls
         self.dim = token_width(encoder)
         key = f"{encoder_digest(encoder, mean, std, patching)}-{store.fingerprint}"
-        self.path = Path(path or store.path.with_suffix(f".tokens-{key[:12]}.h5"))
-        self.rows = RowCache(self.path, dict(key=key), self.counts, dict(tokens=(self.dim, "<f2")))
+        kind = "tokens32" if exact else "tokens"
+        self.path = Path(path or store.path.with_suffix(f".{kind}-{key[:12]}.h5"))
+        self.dtype = np.dtype("<f4" if exact else "<f2")
+        self.rows = RowCache(self.path, dict(key=key), self.counts, dict(tokens=(self.dim, self.dtype)))
 
     @torch.no_grad()
     def _encoded(self, model, inputs, max_tokens, proteins):
@@ -110,8 +114,8 @@ class TokenCache:
             if missing.isdisjoint(batch):
                 continue
             encoded, _ = inputs.encode(model, batch)
-            half = encoded.float().cpu().numpy().astype("<f2")
-            for i, rows in zip(batch, half, strict=True):
+            kept = encoded.float().cpu().numpy().astype(self.dtype)
+            for i, rows in zip(batch, kept, strict=True):
                 real = rows[: self.counts[i]]
                 if not np.isfinite(real).all():
                     raise ProtmaeError(

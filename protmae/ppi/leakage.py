@@ -74,10 +74,15 @@ def _similar_proteins(pairs, split, store, sequences, **limits):
     "Test proteins that training has not seen but that have a near-identical one there."
     if store is None and sequences is None:
         return dict(near_identical=None, how="no sequences given")
-    sequence = dict(zip(pairs.proteins.tolist(), sequences_of(pairs, store, sequences), strict=True))
-    known = pairs.proteins_of(split.train)
-    unseen = np.setdiff1d(pairs.proteins_of(split.test), known)
-    queries, targets = [sequence[i] for i in unseen], [sequence[i] for i in known]
+    known = dict(zip(store.ids, store.sequences, strict=True)) if sequences is None else sequences
+    missing, total = sum(not known.get(pairs.ids[i]) for i in pairs.proteins), len(pairs.proteins)
+    if missing:
+        how = "no sequences" if missing == total else f"{missing:,} of {total:,} proteins have no sequence"
+        return dict(near_identical=None, how=f"not looked for, {how}")
+    sequence = dict(zip(pairs.proteins.tolist(), sequences_of(pairs, sequences=known), strict=True))
+    trained = pairs.proteins_of(split.train)
+    unseen = np.setdiff1d(pairs.proteins_of(split.test), trained)
+    queries, targets = [sequence[i] for i in unseen], [sequence[i] for i in trained]
     near, how = near_identical(queries, targets, **limits)
     touched = np.isin(pairs.a[split.test], unseen[near]) | np.isin(pairs.b[split.test], unseen[near])
     return dict(

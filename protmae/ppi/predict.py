@@ -13,12 +13,12 @@ import torch
 
 from ..core import ProtmaeError
 from ..models.classifier import IdentityEncoder
-from ..models.hub import check_sizes, load_model, read_tensors
+from ..models.hub import build, check_sizes, load_model, read_tensors
+from ..models.v5 import MAEEncoder
 from .config import config_for
-from .datasets import PairBatches
-from .features import EncoderInputs, TokenCache, WhitenedFeatures
-from .pairs import Pairs
-from .training import PairScorer, make_classifier, saved_weights
+from .pair_lists import ListedPairs, ProteinSet
+from .scoring import ProteinFeatures, Scorer
+from .training import make_classifier, saved_weights
 from ..utils.download import file_sha256
 
 # %% ../../nbs/lib/ppi/09_predict.ipynb #13dedd03
@@ -26,14 +26,17 @@ def load_weights(
     net,  # `PPIClassifier`
     state: dict,  # from its file
     path,  # for messages
+    whole: bool = False,  # refuse a file without the encoder; else one that did not learn may be missing
 ):  # raises `ProtmaeError` unless exactly the saved weights are there
     "Load what a run has saved of its classifier."
+    outside = saved_weights(net) - saved_weights(net, whole=False)
+    whole = whole or not outside.isdisjoint(state)
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)
     except RuntimeError as e:
         why = " ".join(str(e).split())[:200]
         raise ProtmaeError(f"{path} does not fit this classifier ({why}); was it trained on another encoder?") from None
-    lacking = sorted(saved_weights(net).intersection(missing))
+    lacking = sorted(saved_weights(net, whole).intersection(missing))
     if unexpected or lacking:
         raise ProtmaeError(
             f"{path} does not fit this classifier (missing: {lacking[:3]}, not expected: {unexpected[:3]}); "
@@ -43,24 +46,43 @@ def load_weights(
 # %% ../../nbs/lib/ppi/09_predict.ipynb #9a92d2d5
 def load_classifier(
     path,  # best.safetensors of a PPI run
-    checkpoint=None,  # the encoder's file, if it has moved
+    checkpoint=None,  # the encoder's file, for a classifier's file that does not hold it and if it has moved
 ) -> tuple:  # `PPIClassifier` in eval mode, dict with arch, config, mean, std, ...; raises `ProtmaeError`
     "A trained classifier, ready to use."
     state, about = read_tensors(path)
     if not about or "encoder" not in about:
         raise ProtmaeError(f"{path} is no classifier of a PPI run; pass the best.safetensors that 04_train_ppi wrote")
     about = _check_description(path, state, about)
+    whole = about["encoder"] is None or (checkpoint is None and about.get("network") is not None)
     if about["encoder"] is None:
         dim = about["mean"].size
-        model, arch = IdentityEncoder(dim), "patches"
+        encoder = IdentityEncoder(dim)
+    elif whole:
+        encoder = _build_encoder(path, state, about["network"])
+        dim = encoder.input_dim
     else:
         model, meta = _load_encoder(path, checkpoint, about)
-        dim, arch = meta["sizes"]["input_dim"], meta["arch"]
+        dim = meta["sizes"]["input_dim"]
+        encoder = model.encoder if meta["arch"] == "v5" else model
     if not all(about[name].shape == (dim,) and np.isfinite(about[name]).all() for name in ("mean", "std")):
         raise ProtmaeError(f"{path}: its mean and std do not fit {dim} inputs; it is damaged")
-    net = make_classifier(model.encoder if arch == "v5" else model, about["config"])
-    load_weights(net, state, path)
+    net = make_classifier(encoder, about["config"])
+    load_weights(net, state, path, whole)
     return net.eval(), about
+
+
+def _build_encoder(path, state, network):
+    "The encoder that a file describes, with fresh weights; the file's are loaded into it afterwards."
+    try:
+        arch, sizes = network["arch"], dict(network["sizes"])
+        if arch == "v5":
+            sizes = {name: size for name, size in sizes.items() if not name.startswith("decoder_")}
+        check_sizes(path, sizes, state)
+        return MAEEncoder(**sizes) if arch == "v5" else build(arch, **sizes)
+    except ProtmaeError:
+        raise
+    except Exception as e:
+        raise ProtmaeError(f"{path} does not describe its encoder ({type(e).__name__}: {e}); it is damaged") from None
 
 
 def _check_description(path, state, about):
@@ -74,14 +96,31 @@ def _check_description(path, state, about):
             sized.append("lora_rank")
         check_sizes(path, {name: getattr(config, name) for name in sized}, state)
         statistics = {name: np.asarray(about[name], "f4") for name in ("mean", "std")}
-        checkpoint = about["checkpoint"] and str(about["checkpoint"])
+        checkpoint, card = about["checkpoint"] and str(about["checkpoint"]), _check_card(about)
     except ProtmaeError:
         raise
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ProtmaeError(
             f"{path}: its description is not that of a PPI run ({type(e).__name__}: {e}); it is damaged"
         ) from None
-    return about | statistics | dict(config=config, checkpoint=checkpoint)
+    return about | statistics | card | dict(config=config, checkpoint=checkpoint)
+
+
+def _check_card(about):
+    "What a file says of its training and its test; None for what it does not say."
+    share, proteins, tested = (about.get(name) for name in ("train_share_positive", "train_proteins", "tested"))
+    if tested is not None:
+        metrics, _ = tested["metrics"], [tested[name] for name in ("kind", "seed", "leaks")]
+        numbers = [tested["test_pairs"], *(metrics[name] for name in ("auroc", "auprc_1to10", "ece", "threshold"))]
+        numbers += [limit for low, high in metrics.get("interval", {}).values() for limit in (low, high)]
+        if not np.isfinite(np.asarray(numbers, "f8")).all():
+            raise ValueError("its test result is not finite")
+    return dict(
+        data=dict(about.get("data") or {}),
+        train_share_positive=None if share is None else float(share),
+        train_proteins=None if proteins is None else {str(name): str(value) for name, value in proteins.items()},
+        tested=tested,
+    )
 
 
 def _load_encoder(path, checkpoint, about):
@@ -96,7 +135,6 @@ def _load_encoder(path, checkpoint, about):
     return load_model(file)
 
 # %% ../../nbs/lib/ppi/09_predict.ipynb #3b04ff2b
-@torch.no_grad()
 def predict(
     path,  # best.safetensors of a PPI run
     store,  # `EmbeddingStore` of the same language model
@@ -106,35 +144,18 @@ def predict(
     batch_size: int = 256,  # pairs
 ) -> np.ndarray:  # (n,) probability that each pair interacts, calibrated to the training pairs' class balance
     "Score pairs with a trained classifier; raises `ProtmaeError` for unknown proteins or another width."
-    net, about = load_classifier(path, checkpoint)
-    pairs = _pairs_of(store, a, b)
-    if store.dim != len(about["mean"]):
-        raise ProtmaeError(f"{path} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}")
-    if not len(pairs):
-        return np.zeros(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.to(device)
-    inputs = EncoderInputs(net, store, about["mean"], about["std"])
-    if net.frozen:
-        inputs = WhitenedFeatures(net, TokenCache(net, store, about["mean"], about["std"]), pairs.proteins)
-    data, scorer, out = PairBatches(pairs, inputs), PairScorer(net), []
-    for i in range(0, len(pairs), batch_size):
-        batch = data.__getitems__(np.arange(i, min(i + batch_size, len(pairs))))
-        batch = {name: value.to(device) for name, value in batch.items() if name not in ("label", "index")}
-        out.append(torch.sigmoid(scorer(**batch).double()).cpu().numpy())
-    return np.concatenate(out)
-
-
-def _pairs_of(store, a, b):
-    "Unlabelled pairs of a store's proteins."
     if len(a) != len(b):
         raise ProtmaeError(f"{len(a)} first and {len(b)} second proteins; expected as many")
-    positions = {name: i for i, name in enumerate(store.ids)}
-    missing = sorted({name for name in (*a, *b) if name not in positions})
-    if missing:
-        raise ProtmaeError(
-            f"{len(missing):,} proteins are not in {store.path}, {missing[0]!r} first; "
-            "embed them, or leave out their pairs"
-        )
-    first, second = (np.array([positions[name] for name in names], np.int64) for names in (a, b))
-    return Pairs(store.ids, first, second, np.zeros(len(a), "i1"))
+    net, about = load_classifier(path, checkpoint)
+    if store.dim != len(about["mean"]):
+        raise ProtmaeError(f"{path} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}")
+    proteins = ProteinSet([store])
+    first, second = proteins.positions(list(a), "a"), proteins.positions(list(b), "b")
+    if not len(first):
+        return np.zeros(0)
+    net.to("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = np.union1d(first, second)
+    scorer = Scorer(net, ProteinFeatures(net, about, [store], proteins.places, wanted), wanted)
+    tiles = ListedPairs(first, second, batch_size).tiles()
+    logits = np.concatenate([scorer(tile.a, tile.b, grid=False) for tile in tiles])
+    return torch.from_numpy(logits).double().sigmoid().numpy()
