@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,11 +49,26 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (refuses to be imported after `pretend_cuda`)
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
+from transformers import EsmConfig, EsmModel, EsmTokenizer  # noqa: E402
+
+from protmae.data.patches import PatchCache  # noqa: E402
+from protmae.data.synthetic import make_demo_store  # noqa: E402
+from protmae.embed.language_models import LanguageModel  # noqa: E402
+from protmae.embed.unirep import UniRep  # noqa: E402
+from protmae.models.classifier import IdentityEncoder  # noqa: E402
+from protmae.models.v2 import TINY_V2, TransformerMAE  # noqa: E402
+from protmae.models.v5 import TINY_V5, MAEEncoder  # noqa: E402
+from protmae.ppi import training  # noqa: E402
+from protmae.ppi.config import config_for  # noqa: E402
+from protmae.ppi.pairs import read_pairs  # noqa: E402
+from protmae.ppi.scoring import ProteinFeatures, Scorer  # noqa: E402
+from protmae.ppi.splits import make_split  # noqa: E402
+from protmae.training import pretrain  # noqa: E402
 
 MEMORY = 80 * 2**30  # bytes
-MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
+LINEAR_MAPS = {"mm", "addmm"}  # attention itself is not looked at: torch's CPU build has only the version in float32
 
 
 def pretend_cuda():
@@ -86,7 +102,7 @@ def pretend_cuda():
 
 
 class Watch(TorchDispatchMode):
-    "Counts copies from the card to the host, large tensors in float64, and the precisions of matrix products."
+    "Counts copies from the card to the host, large tensors in float64, and the precisions of linear maps."
 
     def __init__(self):
         super().__init__()
@@ -100,9 +116,9 @@ class Watch(TorchDispatchMode):
             self.reads[place_in_library()] += 1
         if any(x.is_cuda and x.dtype == torch.float64 and x.numel() > 10_000 for x in outputs):
             self.doubles[place_in_library()] += 1
-        if name in MATMULS or "attention" in name:
-            self.products[str(outputs[0].dtype).removeprefix("torch.")] += 1
-            assert outputs[0].is_cuda, f"{name} on {outputs[0].device}"
+        if name in LINEAR_MAPS:
+            where = "" if outputs[0].is_cuda else " on the CPU"
+            self.products[str(outputs[0].dtype).removeprefix("torch.") + where] += 1
         return result
 
     def found(self) -> dict:
@@ -123,20 +139,24 @@ def place_in_library() -> str:
 
 def answer_reads(watch):
     "A value read on the host is counted and answered with ones, so that what comes after it can be looked at too."
-    real = {name: getattr(torch.Tensor, name) for name in ("cpu", "tolist", "item", "__bool__", "__int__", "__float__")}
+    names = ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__")
+    real = {name: getattr(torch.Tensor, name) for name in names}
 
     def answering(name):
         def method(self, *args, **kwargs):
             if not isinstance(self, FakeTensor):
-                return real[name](self, *args, **kwargs)
+                with _disable_current_modes() if name == "numpy" else contextlib.nullcontext():
+                    return real[name](self, *args, **kwargs)
             if self.is_cuda:
                 watch.reads[place_in_library()] += 1
-            with unset_fake_temporarily():
-                ones = torch.ones(self.shape, dtype=self.dtype)
+            with _disable_current_modes():
+                ones = torch.from_numpy(np.ones(tuple(self.shape), str(self.dtype).removeprefix("torch.")))
                 return ones if name == "cpu" else real[name](ones, *args, **kwargs)
 
         return method
 
+    if "tolist" in vars(FakeTensor):
+        del FakeTensor.tolist
     for name in real:
         setattr(torch.Tensor, name, answering(name))
 
@@ -163,17 +183,18 @@ def made_on_card(module, name):
 # ---- cases
 
 
+class UniRepOnCard(UniRep):
+    "Its matrices are moved before they become layers."
+
+    def _linear(self, matrix):
+        with torch.device("cuda"):
+            return super()._linear(matrix.to("cuda"))
+
+
 class Cases:
     "Whole steps of the library, small and synthetic."
 
     def __init__(self, folder):
-        from protmae.data.patches import PatchCache
-        from protmae.data.synthetic import make_demo_store
-        from protmae.ppi.pairs import read_pairs
-        from protmae.ppi import training
-        from protmae.ppi.splits import make_split
-        from protmae.training import pretrain
-
         self.folder, self.watch = Path(folder), Watch()
         self.store = make_demo_store(self.folder / "demo.h5", n=60, dim=64)
         for patching in ("window", "adaptive"):
@@ -186,19 +207,15 @@ class Cases:
 
     def pretraining(self, arch, **more) -> dict:
         "Every step of an epoch, and the validation."
-        from protmae.models.v2 import TINY_V2
-        from protmae.models.v5 import TINY_V5
-        from protmae.training.pretrain import PretrainTrainer
-
         sizes = dict(v2=TINY_V2, v5=TINY_V5)[arch] | more.pop("sizes", {})
         with card(self.watch):
-            run = PretrainTrainer(arch, self.store, self.new_folder(), sizes=sizes, epochs=2, batch_size=16, **more)
+            run = pretrain.PretrainTrainer(
+                arch, self.store, self.new_folder(), sizes=sizes, epochs=2, batch_size=16, **more
+            )
             return self.epoch_of(run)
 
     def interactions(self, encoder, **more) -> dict:
         "The same for a classifier."
-        from protmae.ppi import training
-
         mean, std = np.zeros(self.store.dim, "f4"), np.ones(self.store.dim, "f4")
         arch = dict(v5="v5", v2="v2").get(encoder[:2], "patches")
         meta = dict(arch=arch, mean=mean, std=std, sizes={})
@@ -213,11 +230,51 @@ class Cases:
             )
             return self.epoch_of(run)
 
-    def encoder(self, name):
-        from protmae.models.classifier import IdentityEncoder
-        from protmae.models.v2 import TINY_V2, TransformerMAE
-        from protmae.models.v5 import TINY_V5, MAEEncoder
+    def embedding(self, embedder) -> dict:
+        "Batches of proteins through a language model."
+        sequences = [sequence[:200] for sequence in self.store.sequences[:6]]
+        with card(self.watch):
+            embedder = embedder()
+            self.watch.found()
+            rows = embedder.embed(sequences)
+        assert [x.shape for x in rows] == [(len(s), embedder.dim) for s in sequences]
+        return self.watch.found()
 
+    def unirep(self):
+        shapes = {f"mlstm.0.w{name}": (dim, 256) for name, dim in (("x", 10), ("h", 64))}
+        shapes |= {f"mlstm.0.w{name}": (dim, 64) for name, dim in (("mx", 10), ("mh", 64))}
+        shapes |= {name.replace(".w", ".g"): shape[1:] for name, shape in shapes.items()}
+        shapes |= {"embedding": (26, 10), "mlstm.0.b": (256,)}
+        return UniRepOnCard({name: np.ones(shape, "f4") for name, shape in shapes.items()})
+
+    def esm(self):
+
+        letters = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO", "<mask>"]
+        (self.folder / "vocab.txt").write_text("\n".join(letters))
+        sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        config = EsmConfig(
+            vocab_size=len(letters), mask_token_id=29, pad_token_id=1, position_embedding_type="rotary", **sizes
+        )
+        with torch.device("cuda"):
+            model = EsmModel(config, add_pooling_layer=False)
+        return LanguageModel("random", model=model, tokenizer=EsmTokenizer(self.folder / "vocab.txt"))
+
+    def prediction(self) -> dict:
+        "Tiles of pairs, proteins computed once."
+        everyone = np.arange(len(self.store))
+        places = np.stack([np.zeros_like(everyone), everyone], 1)
+        about = dict(mean=np.zeros(self.store.dim, "f4"), std=np.ones(self.store.dim, "f4"))
+        with card(self.watch):
+            with torch.device("cuda"):
+                encoder = self.encoder("v5")
+            net = training.make_classifier(encoder, config_for(n_heads=4))
+            scorer = Scorer(net, ProteinFeatures(net, about, [self.store], places, everyone), everyone)
+            self.watch.found()
+            assert scorer(everyone[:20], everyone, grid=True).shape == (20, len(everyone))
+            assert scorer(everyone[:30], everyone[30:60], grid=False).shape == (30,)
+        return dict(tiles=2) | self.watch.found()
+
+    def encoder(self, name):
         if name == "none":
             return IdentityEncoder(self.store.dim)
         if name == "v2":
@@ -251,7 +308,9 @@ class Cases:
         self.watch.found()
         run.validation()
         validation = self.watch.found()
-        return dict(steps=steps, **in_steps, losses=late["reads"], validation=validation["reads"], batches=len(run.val_dl))
+        return dict(
+            steps=steps, **in_steps, losses=late["reads"], validation=validation["reads"], batches=len(run.val_dl)
+        )
 
     def check_places(self, run):
         "Weights, their gradients and the optimiser's state lie on the card, in float32."
@@ -261,7 +320,8 @@ class Cases:
             assert tensor.device.type == "cuda" and tensor.dtype == torch.float32, (name, tensor.device, tensor.dtype)
 
 
-def main(folder):
+def main(folder, *only):
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     pretend_cuda()
     cases = Cases(folder)
     everything = {
@@ -282,7 +342,14 @@ def main(folder):
         "ppi v2 LoRA": lambda: cases.interactions("v2", finetune="lora", lora_rank=4),
         "ppi contrastive": lambda: cases.interactions("v5", contrastive=1),
     }
+    everything |= {
+        "prediction": cases.prediction,
+        "embedding, UniRep": lambda: cases.embedding(cases.unirep),
+        "embedding, ESM-2": lambda: cases.embedding(cases.esm),
+    }
     for name, case in everything.items():
+        if name not in (only or everything):
+            continue
         try:
             found = case()
         except Exception as e:
@@ -292,4 +359,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

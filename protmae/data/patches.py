@@ -52,11 +52,11 @@ def patch_means(
     B, L, D = x.shape
     starts, ends = patch_bounds(lengths, patching)
     position = torch.arange(L, device=x.device).expand(B, L)
-    real = position < lengths[:, None]
     patch = torch.searchsorted(ends, position.contiguous(), right=True)  # which patch each residue is in
-    row = (torch.arange(B, device=x.device)[:, None] * N_PATCHES + patch)[real]
-    sums = x.new_zeros(B * N_PATCHES, D).index_add(0, row, x[real])
-    return sums.view(B, N_PATCHES, D) / (ends - starts).clamp(min=1)[..., None]
+    row = torch.arange(B, device=x.device)[:, None] * N_PATCHES + patch
+    row = torch.where(position < lengths[:, None], row, B * N_PATCHES)  # padding: a row that is dropped
+    sums = x.new_zeros(B * N_PATCHES + 1, D).index_add(0, row.flatten(), x.reshape(B * L, D))
+    return sums[:-1].view(B, N_PATCHES, D) / (ends - starts).clamp(min=1)[..., None]
 
 # %% ../../nbs/lib/data/09_patches.ipynb #fc268f50
 class PatchCache:

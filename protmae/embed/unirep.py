@@ -101,9 +101,9 @@ class UniRep:
         if not sequences:
             return []
         states, order, lengths = self.states(sequences)
-        results = [None] * len(order)
+        states, results = states.cpu().numpy(), [None] * len(order)  # one copy from a GPU, not one a protein
         for column, i in enumerate(order):
-            results[i] = states[: lengths[column], column].cpu().numpy()
+            results[i] = states[: lengths[column], column]
         return results
 
     @torch.no_grad()

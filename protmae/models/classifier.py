@@ -37,7 +37,7 @@ class Whitening(nn.Module):
         "Mean and covariance of rows (an iterable of (n, D)), summed in float64; `shrink` counts mean eigenvalues."
         count, total, products = 0, 0, 0
         for x in batches:
-            x = x.double()
+            x = x.to(self.mean.device).double()
             count += len(x)
             total = total + x.sum(0)
             products = products + x.T @ x

@@ -40,10 +40,21 @@ def mean_rows(
     starts: Tensor,  # first row of each span
     ends: Tensor,  # row after its last
 ) -> Tensor:  # (*starts.shape, E); an empty span gives 0
-    "Mean of spans of rows: a difference of two prefix sums."
-    sums = F.pad(table.double().cumsum(0), (0, 0, 1, 0))
-    upper, lower = (sums.index_select(0, i.flatten()).view(*i.shape, -1) for i in (ends, starts))
-    return ((upper - lower) / (ends - starts).clamp(min=1)[..., None]).to(table.dtype)
+    "Mean of spans of at most 32 rows: differences of prefix sums, which begin anew in every window of 32 rows."
+    E = table.shape[1]
+    windows = F.pad(table.float(), (0, 0, 0, -len(table) % PATCH_SIZE + PATCH_SIZE)).view(-1, PATCH_SIZE, E)
+    sums = F.pad(windows.cumsum(1), (0, 0, 1, 0))  # (windows, 33, E): of the first 0, 1, ... 32 rows
+
+    def before(rows):
+        "Sum of the window's rows before each row."
+        place = rows // PATCH_SIZE * (PATCH_SIZE + 1) + rows % PATCH_SIZE
+        return sums.flatten(0, 1).index_select(0, place.flatten()).view(*rows.shape, E)
+
+    first = starts // PATCH_SIZE
+    whole = sums[:, -1].index_select(0, first.flatten()).view(*starts.shape, E)
+    crossing = (ends // PATCH_SIZE > first)[..., None]
+    total = before(ends) - before(starts) + torch.where(crossing, whole, 0)
+    return (total / (ends - starts).clamp(min=1)[..., None]).to(table.dtype)
 
 # %% ../../nbs/lib/models/04_v5.ipynb #00484068
 def mean_windows(

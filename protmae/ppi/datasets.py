@@ -9,6 +9,7 @@ __all__ = ['PairBatches']
 import numpy as np
 import torch
 
+from ..data.batches import Resident
 from .features import WhitenedFeatures
 
 # %% ../../nbs/lib/ppi/07_datasets.ipynb #980ad015
@@ -22,6 +23,11 @@ class PairBatches(torch.utils.data.Dataset):
     ):
         self.pairs, self.inputs = pairs, inputs
 
+    @property
+    def is_resident(self) -> bool:
+        "Whether batches come from the device."
+        return isinstance(self.inputs, WhitenedFeatures) or isinstance(self.inputs.data, Resident)
+
     def __len__(self):
         return len(self.pairs)
 
@@ -30,11 +36,12 @@ class PairBatches(torch.utils.data.Dataset):
         pairs = self.pairs
         ends = np.concatenate([pairs.a[indices], pairs.b[indices]])
         proteins, place = np.unique(ends, return_inverse=True)
-        a, b = torch.as_tensor(place.reshape(2, -1))
+        a, b = place.reshape(2, -1)
         if isinstance(self.inputs, WhitenedFeatures):
             features, lengths = self.inputs.batch(proteins)
-            batch = dict(features=features, lengths=lengths)
+            batch, device = dict(features=features, lengths=lengths), features.device
         else:
             batch = self.inputs.data.__getitems__(proteins.tolist())
-        label = torch.as_tensor(pairs.label[indices], dtype=torch.float32)
-        return batch | dict(a=a, b=b, label=label, index=torch.as_tensor(indices))
+            device = batch["lengths"].device
+        batch |= dict(a=a, b=b, label=pairs.label[indices].astype("f4"), index=indices)
+        return {name: torch.as_tensor(value).to(device, non_blocking=True) for name, value in batch.items()}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core import N_PATCHES, ProtmaeError
-from ..data.batches import PatchBatches, ResidueBatches
+from ..data.batches import PatchBatches, ResidueBatches, gather_rows, on_device
 from ..data.patches import PatchCache, n_patches
 from ..data.row_cache import RowCache
 from ..embed.run import token_batches
@@ -48,11 +48,14 @@ class EncoderInputs:
         store,  # `EmbeddingStore`
         mean,  # (D,) standardisation
         std,  # (D,)
+        proteins=None,  # positions whose inputs are to lie on the model's device, where they fit
     ):
         if isinstance(model.encoder, TransformerMAE):
             self.data = ResidueBatches(store, mean, std)
         else:
             self.data = PatchBatches(PatchCache(store, model.patching), mean, std)
+        if proteins is not None:
+            self.data = on_device(self.data, next(model.parameters()).device, proteins)
 
     def encode(self, model, indices) -> tuple:
         "`model.encode` of proteins by position: (P, ., .) and lengths (P,), on the model's device."
@@ -149,7 +152,7 @@ class TokenCache:
 
 # %% ../../nbs/lib/ppi/06_features.ipynb #196e4e8d
 class WhitenedFeatures:
-    "Features of proteins, whitened once: in memory as float16 where they fit, else whitened batch by batch."
+    "Features of proteins, whitened once: on the model's device as float16 where they fit, else batch by batch."
 
     def __init__(
         self,
@@ -159,30 +162,40 @@ class WhitenedFeatures:
         max_bytes: float = 4e9,  # of memory
     ):
         self.cache, self.model, self.table = cache, model, None
+        self.device, self.width = model.white_patch.mean.device, N_PATCHES + cache.cls
         counts = cache.counts[proteins]
+        if self.device.type == "cuda":
+            max_bytes = min(max_bytes, 0.4 * torch.cuda.mem_get_info(self.device)[0])
         if counts.sum() * cache.dim * 2 > max_bytes:
             return
-        self.table = torch.zeros(int(counts.sum()), cache.dim, dtype=torch.float16)
+        self.table = torch.zeros(int(counts.sum()), cache.dim, dtype=torch.float16, device=self.device)
         self.start = np.full(len(cache), -1)
         self.start[proteins] = np.cumsum(counts) - counts
         for i in range(0, len(proteins), 256):
-            part = proteins[i : i + 256]
-            for row, j in zip(self._whitened(part)[0], part, strict=True):
-                self.table[self.start[j] : self.start[j] + cache.counts[j]] = row[: cache.counts[j]]
+            self._keep(proteins[i : i + 256])
+
+    def _keep(self, proteins):
+        "Put the features of proteins whose rows are neighbours into the table."
+        counts = self.cache.counts[proteins]
+        real = np.flatnonzero(np.arange(self.width) < counts[:, None])
+        rows = self._whitened(proteins)[0].flatten(0, 1).index_select(0, torch.from_numpy(real).to(self.device))
+        first = self.start[proteins[0]]
+        self.table[first : first + len(rows)] = rows
+
+    def _on_device(self, numbers):
+        return torch.as_tensor(numbers).to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def _whitened(self, indices):
         encoded, lengths = self.cache.batch(indices)
-        features = self.model.whiten(encoded.to(self.model.white_patch.mean.device)).cpu()
-        real = torch.arange(features.shape[1]) < torch.as_tensor(self.cache.counts[indices])[:, None]
-        return features * real[..., None], lengths
+        features = self.model.whiten(encoded.to(self.device))
+        counts = self._on_device(self.cache.counts[indices])
+        return features * (torch.arange(self.width, device=self.device) < counts[:, None])[..., None], lengths
 
     def batch(self, indices) -> tuple:
-        "Proteins by position -> features (P, 48 or 47, E) float32, zero-padded, and lengths (P,)."
+        "Proteins by position -> features (P, 48 or 47, E) float32 on the device, zero-padded, and lengths (P,)."
         if self.table is None:
             return self._whitened(indices)
-        out = torch.zeros(len(indices), N_PATCHES + self.cache.cls, self.cache.dim)
-        for row, i in zip(out, indices, strict=True):
-            count = self.cache.counts[i]
-            row[:count] = self.table[self.start[i] : self.start[i] + count]
-        return out, torch.as_tensor(self.cache.store.lengths[indices])
+        starts, counts = (self._on_device(column[indices]) for column in (self.start, self.cache.counts))
+        rows, real = gather_rows(self.table, starts, counts, self.width)
+        return torch.where(real, rows, 0), torch.as_tensor(self.cache.store.lengths[indices])

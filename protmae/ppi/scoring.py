@@ -29,9 +29,8 @@ class ProteinTerms:
     values: Tensor  # (P, T, later layers, H, d)
     mask: Tensor  # (P, T) bool: real tokens
 
-    def select(self, index: Tensor) -> "ProteinTerms":
-        "The terms of some proteins, as wide as the longest of them needs."
-        width = int(self.mask.index_select(0, index).any(0).sum())
+    def select(self, index: Tensor, width: int) -> "ProteinTerms":
+        "The terms of some proteins that have at most `width` tokens each."
         parts = {field.name: getattr(self, field.name).index_select(0, index) for field in fields(self)}
         return ProteinTerms(**parts | {name: parts[name][:, :width] for name in ("keys", "values", "mask")})
 
@@ -133,6 +132,11 @@ class ProteinFeatures:
         return features, lengths
 
 # %% ../../nbs/lib/ppi/14_scoring.ipynb #42eac400
+def _token_counts(terms):
+    "Real tokens of each protein, on the host."
+    return terms.mask.sum(1).cpu().numpy()
+
+
 class Scorer:
     "Logits of pairs among some proteins; the terms of these proteins are kept while they fit in memory."
 
@@ -153,11 +157,13 @@ class Scorer:
         size = sum(value.nbytes for value in vars(one).values())
         if size * len(proteins) > max_bytes:
             return
-        self.place = {int(i): row for row, i in enumerate(proteins)}
+        self.place = np.full(proteins[-1] + 1, -1)
+        self.place[proteins] = np.arange(len(proteins))
         parts = [self._computed(proteins[i : i + batch]) for i in range(0, len(proteins), batch)]
         self.table = ProteinTerms(
             *(torch.cat(column) for column in zip(*(vars(p).values() for p in parts), strict=True))
         )
+        self.counts = _token_counts(self.table)  # on the host: a tile asks the device for nothing but its logits
 
     def _computed(self, proteins):
         features, lengths = self.features.batch(proteins)
@@ -168,9 +174,10 @@ class Scorer:
         if self.table is None:
             distinct, rows = np.unique(proteins, return_inverse=True)
             table = self._computed(distinct)
+            counts = _token_counts(table)
         else:
-            rows, table = [self.place[int(i)] for i in proteins], self.table
-        return table.select(torch.as_tensor(rows, device=self.device))
+            rows, table, counts = self.place[proteins], self.table, self.counts
+        return table.select(torch.as_tensor(rows, device=self.device), int(counts[rows].max()))
 
     def __call__(self, a: np.ndarray, b: np.ndarray, grid: bool) -> np.ndarray:
         "Proteins by position -> logits float32, (R, C), or (n,) without `grid`."

@@ -44,21 +44,22 @@ def info_nce(
     vectors: Tensor,  # (P, D) a vector for each protein of a batch
     a: Tensor,  # (n,) which of them comes first in each interacting pair
     b: Tensor,  # (n,) which comes second
+    interacting: Tensor,  # (n,) bool: which of the pairs are meant
     temperature: float = 0.1,  # as Chen et al. 2020, arXiv 2002.05709
-) -> Tensor:  # (2m,) for both proteins of the m pairs that join two different ones; empty where there is none
+) -> tuple:  # losses (2n,) for both proteins of each pair, and (2n,) bool: which count; the others are 0
     """Which protein of the batch is the partner (van den Oord et al. 2018, arXiv 1807.03748, equation 4)?
 
     -log of its share of exp(cosine / temperature), among it and all that are no partner in this batch.
     """
     i, j = torch.cat([a, b]), torch.cat([b, a])
-    i, j = i[i != j], j[i != j]
+    counted = torch.cat([interacting, interacting]) & (i != j)
     with torch.autocast(vectors.device.type, enabled=False):  # bfloat16 cannot tell near vectors apart
         unit = F.normalize(vectors.float(), dim=-1)
         similarity = unit @ unit.T / temperature
-    known = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-    known[i, j] = True
+    known = torch.eye(len(unit), device=unit.device).index_put((i, j), counted.float(), accumulate=True) > 0
     others = similarity.masked_fill(known, -torch.inf).logsumexp(1)  # all but itself and its partners
-    return torch.logaddexp(others[i], similarity[i, j]) - similarity[i, j]
+    losses = torch.logaddexp(others[i], similarity[i, j]) - similarity[i, j]
+    return torch.where(counted, losses, 0), counted
 
 # %% ../../nbs/lib/ppi/08_training.ipynb #32738149
 def load_encoder(
@@ -172,7 +173,7 @@ class PPITrainer(Trainer):
         train_proteins = np.unique(np.concatenate([pairs.a[split.train], pairs.b[split.train]]))
         encoder, self.meta = load_encoder(checkpoint, self.store, train_proteins)
         self.arch = dict(v2="v5.2").get(self.meta["arch"], self.meta["arch"])
-        net, inputs = self._prepare(encoder, config, train_proteins)
+        pretrained = PPIClassifier(encoder, patching=config.patching, embed_dim=config.embed_dim, n_heads=1, n_layers=1)
         digest = checkpoint and file_sha256(checkpoint)
         same = dict(arch=self.arch, fingerprint=self.store.fingerprint, split=split.fingerprint, encoder=digest)
         self.about = same | dict(config=asdict(config), checkpoint=checkpoint and str(checkpoint))
@@ -185,6 +186,7 @@ class PPITrainer(Trainer):
         self.about |= {name: self.meta[name].tolist() for name in ("mean", "std")}
         facts = self.facts(checkpoint)
         super().__init__(out, config, dict(config=asdict(config)) | same, facts, resume, save_minutes, cpu)
+        net, inputs = self._prepare(pretrained, config, train_proteins)
         self.data = PairBatches(pairs, inputs)
         self.start(
             PairScorer(net),
@@ -203,16 +205,15 @@ class PPITrainer(Trainer):
         if checkpoint is None and config.finetune:
             raise ProtmaeError("finetune needs an encoder; pass a checkpoint, or finetune=False")
 
-    def _prepare(self, encoder, config, train_proteins):
-        "The classifier with its whitening fitted, and what its batches are made of."
-        mean, std = self.meta["mean"], self.meta["std"]
-        pretrained = PPIClassifier(encoder, patching=config.patching, embed_dim=config.embed_dim, n_heads=1, n_layers=1)
-        cache = TokenCache(pretrained, self.store, mean, std)  # of the encoder as it was pretrained
+    def _prepare(self, pretrained, config, train_proteins):
+        "The classifier with its whitening fitted, and what its batches are made of; all computed on the device."
+        mean, std, device = self.meta["mean"], self.meta["std"], self.acc.device
+        cache = TokenCache(pretrained.to(device), self.store, mean, std)  # of the encoder as it was pretrained
         self.tokens_built = cache.built
-        net = make_classifier(encoder, config)
+        net = make_classifier(pretrained.encoder, config).to(device)
         cache.fit_whitening(net, train_proteins, config.whiten)
         if config.finetune:
-            return net, EncoderInputs(net, self.store, mean, std)
+            return net, EncoderInputs(net, self.store, mean, std, self.pairs.proteins)
         return net, WhitenedFeatures(net, cache, self.pairs.proteins)
 
     def facts(self, checkpoint) -> dict:
@@ -258,9 +259,9 @@ class PPITrainer(Trainer):
         own = batch.get("own", True)
         if self.epoch < self.contrastive_epochs:
             vectors, interacting = self.logits(batch, alone=True), batch["label"] > 0.5
-            losses = info_nce(vectors, batch["a"][interacting], batch["b"][interacting])
-            mean = losses.mean() if len(losses) else 0 * vectors.sum()
-            return self.weighted_loss([(mean, len(losses))], own)
+            losses, counted = info_nce(vectors, batch["a"], batch["b"], interacting)
+            count = counted.sum()
+            return self.weighted_loss([(losses.sum() / count.clamp(min=1), count)], own)
         losses = F.binary_cross_entropy_with_logits(self.logits(batch), batch["label"], reduction="none")
         if self.config.focal:
             losses = focal(losses, self.config.focal)
@@ -292,13 +293,13 @@ class PPITrainer(Trainer):
     def scores(self, indices) -> tuple:
         "Pairs by position -> their labels (n,) and probabilities (n,)."
         self.model.eval()
-        probabilities = torch.zeros(len(self.pairs), dtype=torch.float64)
+        probabilities = torch.zeros(len(self.pairs), dtype=torch.float64, device=self.acc.device)
         for batch in self.loader(self.data, EpochSampler(indices, self.config.batch_size, None, shuffle=False)):
             with self.autocast():
                 logits = self.logits(batch).float()
             if batch.get("own", True):
-                probabilities[batch["index"].cpu()] = torch.sigmoid(logits.double().cpu())
-        everything = self.acc.reduce(probabilities.to(self.acc.device), "sum")  # each pair was scored by one process
+                probabilities[batch["index"]] = torch.sigmoid(logits.double())
+        everything = self.acc.reduce(probabilities, "sum")  # each pair was scored by one process
         return self.pairs.label[indices].astype(int), everything.cpu().numpy()[indices]
 
     def validate(self) -> dict:

@@ -169,17 +169,17 @@ class PretrainTrainer(Trainer):
     @torch.no_grad()
     def validate(self) -> dict:  # val_loss, mse and the skills
         "Loss and skill on the validation proteins."
-        skill, total, values, key = Skill(), 0.0, 0.0, seed_for(self.config.seed, "validate")
+        skill, key = Skill(), seed_for(self.config.seed, "validate")
+        mine = torch.zeros(2, dtype=torch.float64, device=self.acc.device)  # losses times values, values
         for batch in self.val_dl:
             counted = batch.get("own", True)
             with self.autocast():
                 terms, reconstruction = self.objective.loss(self.model, batch, self.config, key)
             loss, count = self.weighted_loss(terms, counted)
-            total += loss.item() * float(count)
-            values += float(count)
+            count = torch.as_tensor(count, dtype=torch.float64, device=mine.device)
+            mine += torch.stack([loss.double() * count, count])
             if counted:
                 skill.add(*reconstruction)
-        mine = torch.tensor([total, values], dtype=torch.float64, device=self.acc.device)
         sums = self.acc.reduce(torch.cat([skill.sums.to(self.acc.device), mine]), "sum")
         skill.sums = sums[:-2]
         return dict(val_loss=(sums[-2] / sums[-1]).item()) | skill.result()
