@@ -200,7 +200,8 @@ def train(
     sizes: str = "{}",  # other sizes of the network, as JSON
     new: bool = False,  # refuse to go on with an earlier run
     cpu: bool = False,  # do not use a GPU
-    save_minutes: float = 10,  # between saves within an epoch
+    compiled: bool = False,  # v5 only: torch.compile makes the kernels, on a GPU as a CUDA graph
+    save_minutes: float = 5,  # between saves
 ):
     "Pretrain a V2 or V5; run it again to go on. Several processes: accelerate launch -m protmae.cli train ..."
     arguments = dict(locals())
@@ -216,14 +217,14 @@ def train(
     store = EmbeddingStore(store)
     folder = out or run_dir(arch, store, runs, sizes, **settings)
     try:
-        pretrain(arch, store, folder, not new, sizes, cpu=cpu, save_minutes=save_minutes, **settings)
+        pretrain(arch, store, folder, not new, sizes, cpu=cpu, compiled=compiled, save_minutes=save_minutes, **settings)
     except KeyboardInterrupt:
         leave_process_group(130)  # all processes were stopped at the same step
         raise
     leave_process_group(0)  # a process that fails alone does not wait for the others
 
 
-RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-4]  # what `train` passes on to the run
+RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-5]  # what `train` passes on to the run
 
 # %% ../nbs/lib/99_cli.ipynb #a51da9bb
 def predict(

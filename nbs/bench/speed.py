@@ -318,7 +318,7 @@ def ppi_run(bench):
     "A run of the classifier on a frozen V5 that was not trained."
     encoder = bench.pretraining("v5", "encoder", epochs=1)
     checkpoint = bench.folder / "encoder.safetensors"
-    encoder.save_weights(checkpoint, dict(epoch=0, val_loss=0.0))
+    encoder.save_weights(checkpoint, encoder.state.weights(), dict(epoch=0, val_loss=0.0))
     pairs, changes = random_pairs(bench), dict(embed_dim=bench.sizes_v5.get("embed_dim", 768))
     changes |= dict(n_heads=4 if bench.tiny else 8, epochs=FOREVER)
     return PPITrainer(checkpoint, bench.store, pairs, random_split(pairs), bench.folder / "ppi", cpu=True, **changes)

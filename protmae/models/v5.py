@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import DIM, MAX_LEN, N_PATCHES, PATCH_SIZE, ProtmaeError
 from ..data.patches import n_patches, patch_bounds, patch_means
 from .layers import encoder, run_encoder
-from .masking import mask_counts, random_mask
+from .masking import random_mask
 from .token_layout import fixed_shapes, token_layout
 from .v2 import check_input
 
@@ -227,8 +227,8 @@ def most_visible(
     mask_ratio: float,  # share that is hidden
 ) -> int:
     "The largest number of visible patches that any protein has at this ratio."
-    real = torch.arange(1, N_PATCHES + 1)
-    return int((real - mask_counts(real, mask_ratio, keep_both=True)).max())
+    hidden = (min(max(int(real * mask_ratio + 1e-9), 1), real - 1) for real in range(1, N_PATCHES + 1))
+    return max(real - count for real, count in enumerate(hidden, 1))
 
 # %% ../../nbs/lib/models/04_v5.ipynb #d0fd9306
 def mae_loss_v5(

@@ -162,7 +162,7 @@ class PPITrainer(Trainer):
         split,  # `Split` of these pairs
         out,  # folder of the run
         resume: bool = True,  # go on where an earlier call stopped
-        save_minutes: float = 10.0,  # between saves within an epoch
+        save_minutes: float = 5.0,  # between saves
         cpu: bool = False,  # do not use a GPU
         **changes,  # of `config_ppi`
     ):
@@ -308,10 +308,11 @@ class PPITrainer(Trainer):
         right = np.where(label == 1, probability, 1 - probability)
         return dict(val_loss=float(-np.mean(np.log(np.clip(right, 1e-12, 1)))), val_auroc=auroc(label, probability))
 
-    def save_weights(self, path, row):
+    def save_weights(self, path, weights, row):
         "The best epoch's file is the whole classifier; the last one's leaves out what did not learn."
         names = saved_weights(self.net, whole=path.stem == "best")
-        state = {name: value for name, value in self.net.state_dict().items() if name in names}
+        weights = {name.removeprefix("net."): value for name, value in weights.items()}
+        state = {name: value for name, value in weights.items() if name in names}
         save_tensors(path, state, self.about | dict(epoch=row["epoch"], val_auroc=row["val_auroc"]))
 
 # %% ../../nbs/lib/ppi/08_training.ipynb #b003168b

@@ -41,7 +41,7 @@ class Trainer:
         settings: dict,  # what must be the same for a run to be resumed: config, sizes, fingerprints
         facts: dict,  # what else `run.json` tells
         resume: bool = True,  # go on where an earlier call stopped; False: `out` must be new
-        save_minutes: float = 10.0,  # between saves within an epoch
+        save_minutes: float = 5.0,  # between saves
         cpu: bool = False,  # do not use a GPU
     ):
         self.out, self.config, self.save_minutes, self.resume = Path(out), config, save_minutes, resume
@@ -81,6 +81,7 @@ class Trainer:
         self.state = TrainingState(self.acc, self.model, self.opt, self.sched)
         self.position = Position()
         self.pending = PendingLosses()
+        self.held_best, self.saved_at = None, time.perf_counter()  # best weights that are not on the disk yet
         self.loss_sync_interval = 32 if self.acc.device.type == "cuda" else 1  # steps whose losses may wait
         self.resumed = self.load_state() if self.resume else False
 
@@ -131,7 +132,10 @@ class Trainer:
             while not self.finished:
                 self.train_epoch(stop, bar)
                 self.finish_epoch()
-                if self.any_rank(stop)[0]:
+                stop_now, save_now = self.any_rank(stop, time.perf_counter() - self.saved_at > 60 * self.save_minutes)
+                if stop_now or save_now or self.finished:
+                    self.save_epoch()
+                if stop_now:
                     self.interrupt()
         self.print_once(f"done; the best weights are in {self.out / 'best.safetensors'}")
         return self.history
@@ -198,7 +202,7 @@ class Trainer:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: all processes take part
 
     def finish_epoch(self):
-        "Validate, log, keep the best weights, save."
+        "Validate, add a row to the log, keep the best weights."
         started = time.perf_counter()
         self.check_weights()
         row = EpochRecord(epoch=self.epoch + 1, train_loss=self.train_loss()) | self.validation()
@@ -206,13 +210,10 @@ class Trainer:
         row["lr"] = self.sched.get_last_lr()[0]
         row["seconds"], row["val_seconds"] = self.position.seconds, time.perf_counter() - started
         row |= self.rates(self.position.seconds)
-        better = self.record(row)
-        if self.acc.is_main_process or self.is_fsdp:
-            for name in ("best", "last") if better else ("last",):
-                self.save_weights(self.out / f"{name}.safetensors", row)
-        self.save_state()
-        if self.acc.is_main_process:
-            self.folder.write_log(self.history)
+        if self.record(row):
+            weights = self.state.weights()
+            if self.acc.is_main_process:
+                self.held_best = {name: value.to("cpu", copy=True) for name, value in weights.items()}, row
         self.print_epoch(row)
 
     def record(self, row) -> bool:  # whether this epoch was the best so far
@@ -306,12 +307,26 @@ class Trainer:
 
     # ---- saving and going on
 
+    def save_epoch(self):
+        "Write the weights at the end of an epoch, and the state."
+        weights = self.state.weights()
+        if self.acc.is_main_process:
+            self.save_weights(self.out / "last.safetensors", weights, self.history[-1])
+        self.save_state()
+        self.saved_at = time.perf_counter()
+
     def save_state(self):
-        "Write weights, optimiser, schedule and position; all processes take part, one writes."
+        "Write weights, optimiser, schedule and position, the best weights and the log; one of the processes writes."
         self.check_weights()
         weights, rest = self.state.collect(self.position)
-        if self.acc.is_main_process:
-            self.folder.save_state(weights, rest)
+        if not self.acc.is_main_process:
+            return
+        if self.held_best:
+            self.save_weights(self.out / "best.safetensors", *self.held_best)
+            self.held_best = None
+        self.folder.save_state(weights, rest)
+        if self.history:
+            self.folder.write_log(self.history)  # the log never runs ahead of the state
 
     def load_state(self) -> bool:  # whether there was one
         "Load the state of the folder."
