@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
+from accelerate import skip_first_batches
 
 from ..core import ProtmaeError, seed_for
 from .checkpointing import EpochRecord, Position, RunFolder, TrainingState, first_nonfinite
 from .optim import Schedule, optimizer_for
-from .parts import PendingLosses, make_loader, weighted_loss
+from .parts import PendingLosses, make_accelerator, make_loader, weighted_loss
 from ..utils.interrupt import stop_softly
 from ..utils.progress import Progress, format_duration, is_headless
 
@@ -48,17 +48,7 @@ class Trainer:
         self.folder = RunFolder(out)
         if not int(os.environ.get("RANK", 0)):  # one process decides for all
             self.folder.claim(settings, facts, resume)
-        gpu = torch.cuda.is_available() and not cpu  # Apple's MPS has no float64, which the sums need
-        if gpu:  # cuDNN's attention plans anew for each shape, and gave NaN gradients at such widths (pytorch #196678)
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        self.precision = config.precision or ("bf16" if gpu else "float32")
-        unused = getattr(config, "compress_weight", None) == 0  # V2's compressed vector gets no gradient then
-        self.acc = Accelerator(
-            cpu=not gpu,
-            gradient_accumulation_steps=config.grad_accum,
-            mixed_precision="bf16" if gpu and self.precision == "bf16" else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-        )
+        self.acc, self.precision = make_accelerator(config, cpu)
 
     def start(
         self,
@@ -135,6 +125,7 @@ class Trainer:
                 stop_now, save_now = self.any_rank(stop, time.perf_counter() - self.saved_at > 60 * self.save_minutes)
                 if stop_now or save_now or self.finished:
                     self.save_epoch()
+                self.print_epoch(self.history[-1])
                 if stop_now:
                     self.interrupt()
         self.print_once(f"done; the best weights are in {self.out / 'best.safetensors'}")
@@ -214,7 +205,6 @@ class Trainer:
             weights = self.state.weights()
             if self.acc.is_main_process:
                 self.held_best = {name: value.to("cpu", copy=True) for name, value in weights.items()}, row
-        self.print_epoch(row)
 
     def record(self, row) -> bool:  # whether this epoch was the best so far
         "Add a row to the log and begin the next epoch."
