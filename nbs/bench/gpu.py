@@ -162,7 +162,8 @@ class Bench:
         return figures | dict(part_seconds=time.perf_counter() - started)
 
     def clean_up(self):
-        "Give the card's memory back."
+        "Forget what was compiled, give the card's memory back."
+        torch._dynamo.reset()
         if not self.is_gpu:
             return
         try:

@@ -208,10 +208,12 @@ class Cases:
     def pretraining(self, arch, **more) -> dict:
         "Every step of an epoch, and the validation."
         sizes = dict(v2=TINY_V2, v5=TINY_V5)[arch] | more.pop("sizes", {})
+        interval = more.pop("loss_sync_interval", None)
         with card(self.watch):
             run = pretrain.PretrainTrainer(
                 arch, self.store, self.new_folder(), sizes=sizes, epochs=2, batch_size=16, **more
             )
+            run.loss_sync_interval = interval or run.loss_sync_interval
             return self.epoch_of(run)
 
     def interactions(self, encoder, **more) -> dict:
@@ -329,6 +331,7 @@ def main(folder, *only):
         "v5 block": lambda: cases.pretraining("v5", mask="block"),
         "v5 adaptive": lambda: cases.pretraining("v5", sizes=dict(patching="adaptive")),
         "v5 accumulation": lambda: cases.pretraining("v5", grad_accum=2),
+        "losses read at once": lambda: cases.pretraining("v5", loss_sync_interval=1),  # what must not be
         "v2": lambda: cases.pretraining("v2"),
         "v2 plain loss": lambda: cases.pretraining("v2", compress_weight=0),
         "ppi none": lambda: cases.interactions("none"),

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import protmae
 from protmae.data.store import EmbeddingStore, verify
+from protmae.models.hub import read_tensors
 from protmae.training.pretrain import PretrainTrainer
 
 KILLS_IN_A_ROW = 7  # then the job may finish
@@ -75,6 +76,10 @@ def comparable(path):
         return [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".json":
         return without_measured(json.loads(path.read_text()))
+    if path.suffix == ".safetensors":  # a classifier's file tells what its test measured
+        state, about = read_tensors(path)
+        weights = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in state.items()}
+        return weights, without_measured(about)
     if path.suffix in (".pt", ".html"):
         return "has times in it"
     return hashlib.sha256(path.read_bytes()).hexdigest()
