@@ -20,7 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 NO_BROWSER = 75  # exit status of browser.py where there is no browser
 # These take longest; started first, they do not keep one core busy alone at the end.
-SLOWEST = ["13_reliability", "05_distributed", "04_train_ppi", "05_compare", "06_study", "06_umap", "01_explore"]
+SLOWEST = [
+    "13_reliability",
+    "05_distributed",
+    "15_card",
+    "04_train_ppi",
+    "05_compare",
+    "06_study",
+    "06_umap",
+    "01_explore",
+]
 
 
 def git(*arguments):
@@ -109,6 +118,7 @@ def main():
     os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests compare numbers of the CPU; nbs/bench/gpu.py is for a GPU
     passed, failed = 0, 0
     if not options.browser:
         passed, failed = run_steps(LINT + ([["nbdev_export"]] if options.check else []))
