@@ -328,9 +328,7 @@ def meaning(
     elif prior is None:
         lines = [f"Probabilities belong to the balance of the training pairs, of which {trained:.1%} interact."]
     else:
-        lines = [
-            f"Probabilities are shifted from {trained:.1%} interacting pairs, as in training, to a share of {prior:g}."
-        ]
+        lines = [f"Probabilities are shifted from {trained:.1%} interacting pairs, as in training, to {prior:.3%}."]
     if about["config"].focal:
         lines.append("The model was trained with the focal loss, so its probabilities are not calibrated.")
     if tested is None:
