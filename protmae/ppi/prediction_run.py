@@ -85,8 +85,8 @@ def embed_missing(
     out = Path(out)
     if not about.get("space"):
         raise ProtmaeError(
-            f"{len(sequences):,} proteins are in no store, {next(iter(sequences))!r} first, and {model} does not say "
-            "which language model made its embeddings; embed the file with `protmae embed` as for the model's "
+            f"{next(iter(sequences))!r} is in no store, like {len(sequences) - 1:,} other proteins, and {model} does "
+            "not say which language model made its embeddings; embed the file with `protmae embed` as for the model's "
             "training, and pass --store"
         )
     table = out.with_name(f"{out.stem}.missing.tsv")
