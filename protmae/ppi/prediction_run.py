@@ -35,17 +35,17 @@ from protmae.ppi.predictions import (
 from .scoring import ProteinFeatures, Scorer, pair_attention
 from ..utils.download import file_sha256
 from ..utils.files import atomic, write_json
+from ..utils.tensors import CONFIG, WEIGHTS
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #698d4915
 def model_file(
-    model,  # a classifier's file, or the folder it is in
-) -> Path:  # raises `ProtmaeError` where there is none
-    "The file of a classifier."
+    model,  # a classifier's file, the folder of a run, or one that `save_pretrained` wrote
+) -> Path:  # a file, or the folder with config.json; raises `ProtmaeError` where there is none
+    "Where a classifier is."
     path = Path(model)
-    if path.is_dir():
-        files = [path / name for name in ("best.safetensors", "model.safetensors")]
-        path = next((file for file in files if file.is_file()), files[0])
-    if not path.is_file():
+    if path.is_dir() and not (path / CONFIG).is_file():
+        path = path / "best.safetensors"
+    if not path.exists():
         raise ProtmaeError(f"there is no model at {path}; expected the best.safetensors of a PPI run, or its folder")
     return path
 
@@ -85,8 +85,8 @@ def embed_missing(
     out = Path(out)
     if not about.get("space"):
         raise ProtmaeError(
-            f"{len(sequences):,} proteins are in no store, {next(iter(sequences))!r} first, and {model} does not say "
-            "which language model made its embeddings; embed the file with `protmae embed` as for the model's "
+            f"{next(iter(sequences))!r} is in no store, like {len(sequences) - 1:,} other proteins, and {model} does "
+            "not say which language model made its embeddings; embed the file with `protmae embed` as for the model's "
             "training, and pass --store"
         )
     table = out.with_name(f"{out.stem}.missing.tsv")
@@ -203,16 +203,27 @@ def predict_pairs(
         write_table(out, kept, labelling, len(pairs))
         remarks += applies_to(about, pd.Series(labelling.seen_of(kept.a, kept.b)))
         head = labelling.columns(kept[:HEAD], len(pairs))
-    facts = dict(model=str(model), sha256=file_sha256(model), prior=prior, pairs_scored=len(pairs), meaning=remarks)
+    facts = dict(
+        model=str(model), sha256=file_sha256(_files(model)[0]), prior=prior, pairs_scored=len(pairs), meaning=remarks
+    )
     write_json(out.with_name(f"{out.name}.json"), facts)
     scores.unlink()
     return head, remarks
 
 
+def _files(model):
+    return [model / WEIGHTS, model / CONFIG] if model.is_dir() else [model]
+
+
 def _key(model, inputs):
     "A digest of all that decides the scores and their order."
     ids = "\n".join(inputs.proteins.ids[i] for i in inputs.pairs.proteins)
-    parts = [file_sha256(model), *(store.fingerprint for store in inputs.stores), inputs.pairs.digest, ids]
+    parts = [
+        *map(file_sha256, _files(model)),
+        *(store.fingerprint for store in inputs.stores),
+        inputs.pairs.digest,
+        ids,
+    ]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #3a1fa4e3
