@@ -67,6 +67,8 @@ class PretrainTrainer(Trainer):
         cpu: bool = False,  # do not use a GPU
         only=None,  # ids of the proteins to use, or a text file with one per line; None: all of the store
         compiled: bool = False,  # torch.compile makes the kernels (CUDA graphs on a GPU): for V5
+        log_with=None,  # show each epoch's figures in 'tensorboard', 'wandb' or 'trackio' too
+        extend: bool = False,  # continue a finished run in this folder to more epochs
         **changes,  # of `config_v2` or `config_v5`
     ):
         config, objective = make_config(arch, **changes), OBJECTIVES[arch]
@@ -80,7 +82,7 @@ class PretrainTrainer(Trainer):
         model = build(arch, **self.sizes)
         settings = dict(config=asdict(config), arch=arch, sizes=self.sizes, fingerprint=self.store.fingerprint)
         settings["only"] = protein_set_digest(chosen)
-        super().__init__(out, config, settings, self.facts(objective), resume, save_minutes, cpu)
+        super().__init__(out, config, settings, self.facts(objective), resume, save_minutes, cpu, log_with, extend)
         self.mean, self.std = self.store.mean_std(self.train_idx)
         with self.acc.main_process_first():  # the first pools the patches, the others find them
             self.objective = objective(self.store, self.mean, self.std, self.sizes)
@@ -228,7 +230,7 @@ def pretrain(
     out,  # folder of the run
     resume: bool = True,  # go on where an earlier call stopped
     sizes: dict = None,  # arguments of the model's class, other than its defaults
-    **kwargs,  # changes of `config_v2` / `config_v5`, and `save_minutes`, `cpu`, `only`, `compiled`
+    **kwargs,  # changes of `config_v2` / `config_v5`, and the rest of `PretrainTrainer`'s
 ) -> PretrainTrainer:
     "Train a V2 or a V5 on a store; everything about the run lies in `out`."
     run = PretrainTrainer(arch, store, out, resume, sizes, **kwargs)
