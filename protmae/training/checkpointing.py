@@ -340,8 +340,9 @@ class TrainingState:
         self._load(weights, rest["optimizer"])
         schedule = rest["schedule"] | dict(lr_lambdas=[None] * len(found["lr_lambdas"]))
         self.schedule.load_state_dict(schedule)  # its shape follows from the run's settings, which may be extended
-        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_lr(), strict=True):
-            group["lr"] = lr
+        rates = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, base, factor in rates:
+            group["lr"] = base * factor(self.schedule.last_epoch)
         torch.set_rng_state(rest["rng"])
         place.sums = [value / self.acc.num_processes for value in place.sums]
         return place
