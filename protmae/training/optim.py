@@ -66,3 +66,16 @@ class Schedule:
     def __call__(self, step: int) -> float:
         phase = bisect_right(self.starts, step) - 1
         return warmup_cosine(step - self.starts[phase], self.lengths[phase], self.warmups[phase])
+
+    def remarks(self, config, extended: list) -> list[str]:
+        "What is to be said of it, with the settings of a run and the epochs after which that was extended."
+        restart = [
+            f"extended after epoch {epoch}: the learning rate rises to {config.lr:g} once more, in "
+            f"{self.warmups[-1]} steps, and falls to 0 until epoch {config.epochs}"
+            for epoch in extended[-1:]
+        ]
+        return restart + [
+            f"a warm-up of {config.warmup_epochs:g} epochs is too long for {steps // self.steps_per_epoch}: "
+            f"shortened to a tenth, {warmup} of {steps} steps"
+            for warmup, steps in self.shortened
+        ]

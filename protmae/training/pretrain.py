@@ -244,9 +244,7 @@ def run_to_train(
                 shorter.append(earlier)
     if not extend:
         if shorter and not folder.exists():
-            print(
-                f"the same run with fewer epochs is in {shorter[-1]}; --extend continues it instead of beginning anew"
-            )
+            print(f"the same run with fewer epochs is in {shorter[-1]}; --extend continues it")
         return folder
     if len(shorter) != 1:
         found = f"several are there: {', '.join(map(str, shorter))}" if shorter else f"there is none in {root}"

@@ -368,16 +368,8 @@ class Trainer:
         if self.resumed:
             text += f"; going on at epoch {self.epoch + 1}, batch {self.step + 1}"
         self.print_once(text)
-        if self.extended:
-            self.print_once(
-                f"extended after epoch {self.extended[-1]}: the learning rate rises to {self.config.lr:g} once more, "
-                f"in {self.schedule.warmups[-1]} steps, and falls to 0 until epoch {self.config.epochs}"
-            )
-        for warmup, steps in self.schedule.shortened:
-            self.print_once(
-                f"a warm-up of {self.config.warmup_epochs:g} epochs is too long for "
-                f"{steps // self.schedule.steps_per_epoch}: shortened to a tenth, {warmup} of {steps} steps"
-            )
+        for remark in self.schedule.remarks(self.config, self.extended):
+            self.print_once(remark)
 
     def summary(self) -> str:
         "How many epochs there were, and the best one."
