@@ -202,7 +202,7 @@ def train(
     cpu: bool = False,  # do not use a GPU
     save_minutes: float = 10,  # between saves within an epoch
     log_with: str = None,  # show each epoch's figures in tensorboard, wandb or trackio too
-    extend: bool = False,  # continue a finished run to more --epochs: the learning rate rises once more, then falls to 0
+    extend: bool = False,  # continue a finished run to more --epochs; the learning rate rises once more and falls to 0
 ):
     "Pretrain a V2 or V5; run it again to go on. Several processes: accelerate launch -m protmae.cli train ..."
     arguments = dict(locals())
