@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['chosen_proteins', 'protein_set_digest', 'check_compiled', 'PretrainTrainer', 'check_sizes_given', 'run_dir',
-           'pretrain', 'compare_with_baselines']
+           'run_to_train', 'pretrain', 'compare_with_baselines']
 
 # %% ../../nbs/lib/training/07_pretrain.ipynb #d6fe3833
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,6 +82,8 @@ class PretrainTrainer(Trainer):
         cpu: bool = False,  # do not use a GPU
         only=None,  # ids of the proteins to use, or a text file with one per line; None: all of the store
         compiled: bool = False,  # V5: torch.compile makes the kernels, on a GPU as a CUDA graph
+        log_with=None,  # show each epoch's figures in 'tensorboard', 'wandb' or 'trackio' too
+        extend: bool = False,  # continue a finished run in this folder to more epochs
         **changes,  # of `config_v2` or `config_v5`
     ):
         config, objective = make_config(arch, **changes), OBJECTIVES[arch]
@@ -96,7 +99,7 @@ class PretrainTrainer(Trainer):
         model = build(arch, **self.sizes)
         settings = dict(config=asdict(config), arch=arch, sizes=self.sizes, fingerprint=self.store.fingerprint)
         settings["only"] = protein_set_digest(chosen)
-        super().__init__(out, config, settings, self.facts(objective), resume, save_minutes, cpu)
+        super().__init__(out, config, settings, self.facts(objective), resume, save_minutes, cpu, log_with, extend)
         self.mean, self.std = self.store.mean_std(self.train_idx)
         with self.acc.main_process_first():  # the first pools the patches, the others find them
             self.objective = objective(self.store, self.mean, self.std, self.sizes)
@@ -238,6 +241,33 @@ def run_dir(
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:6]
     return Path(root) / f"{arch}-{store.path.stem}-{config.epochs}epochs-{key}"
 
+# %% ../../nbs/lib/training/07_pretrain.ipynb #be72c05b
+def run_to_train(
+    arch: str,  # 'v2' or 'v5'
+    store,  # `EmbeddingStore`
+    root,  # folder of all runs
+    sizes: dict = None,  # arguments of the model's class, other than its defaults
+    extend: bool = False,  # the folder of the same run with fewer epochs, to continue it
+    **changes,  # of `config_v2` or `config_v5`
+) -> Path:  # raises `ProtmaeError` where no run can be extended, or several can
+    "`run_dir`; where there is a run of fewer epochs that could be extended instead, that is said."
+    folder = run_dir(arch, store, root, sizes, **changes)
+    shorter = []
+    for earlier in sorted(Path(root).glob("*epochs-*")):
+        match = re.search(r"-(\d+)epochs-", earlier.name)
+        epochs = int(match[1]) if match else 0
+        if 0 < epochs < make_config(arch, **changes).epochs:
+            if run_dir(arch, store, root, sizes, **changes | dict(epochs=epochs)) == earlier:
+                shorter.append(earlier)
+    if not extend:
+        if shorter and not folder.exists():
+            print(f"the same run with fewer epochs is in {shorter[-1]}; --extend continues it")
+        return folder
+    if len(shorter) != 1:
+        found = f"several are there: {', '.join(map(str, shorter))}" if shorter else f"there is none in {root}"
+        raise ProtmaeError(f"no run to extend: expected one with the same settings and fewer epochs, and {found}")
+    return shorter[0]
+
 # %% ../../nbs/lib/training/07_pretrain.ipynb #ad2e51ae
 def pretrain(
     arch: str,  # 'v2' or 'v5'
@@ -245,7 +275,7 @@ def pretrain(
     out,  # folder of the run
     resume: bool = True,  # go on where an earlier call stopped
     sizes: dict = None,  # arguments of the model's class, other than its defaults
-    **kwargs,  # changes of `config_v2` / `config_v5`, and `save_minutes`, `cpu`, `only`, `compiled`
+    **kwargs,  # changes of `config_v2` / `config_v5`, and the rest of `PretrainTrainer`'s
 ) -> PretrainTrainer:
     "Train a V2 or a V5 on a store; everything about the run lies in `out`."
     run = PretrainTrainer(arch, store, out, resume, sizes, **kwargs)
