@@ -201,11 +201,13 @@ def train(
     new: bool = False,  # refuse to go on with an earlier run
     cpu: bool = False,  # do not use a GPU
     save_minutes: float = 10,  # between saves within an epoch
+    log_with: str = None,  # show each epoch's figures in tensorboard, wandb or trackio too
+    extend: bool = False,  # continue a finished run to more --epochs; the learning rate rises once more and falls to 0
 ):
     "Pretrain a V2 or V5; run it again to go on. Several processes: accelerate launch -m protmae.cli train ..."
     arguments = dict(locals())
     from protmae.data.store import EmbeddingStore
-    from protmae.training.pretrain import pretrain, run_dir
+    from protmae.training.pretrain import pretrain, run_to_train
 
     settings = {k: arguments[k] for k in RUN_SETTINGS if arguments[k] is not None}
     try:
@@ -214,16 +216,17 @@ def train(
         expected = 'expected something like {"embed_dim": 256}'
         raise ProtmaeError(f"--sizes is {sizes!r}, which is not JSON ({e}); {expected}") from None
     store = EmbeddingStore(store)
-    folder = out or run_dir(arch, store, runs, sizes, **settings)
+    folder = out or run_to_train(arch, store, runs, sizes, extend, **settings)
+    settings |= dict(cpu=cpu, save_minutes=save_minutes, log_with=log_with, extend=extend)
     try:
-        pretrain(arch, store, folder, not new, sizes, cpu=cpu, save_minutes=save_minutes, **settings)
+        pretrain(arch, store, folder, not new, sizes, **settings)
     except KeyboardInterrupt:
         leave_process_group(130)  # all processes were stopped at the same step
         raise
     leave_process_group(0)  # a process that fails alone does not wait for the others
 
 
-RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-4]  # what `train` passes on to the run
+RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-6]  # what `train` passes on to the run
 
 # %% ../nbs/lib/99_cli.ipynb #a51da9bb
 def predict(

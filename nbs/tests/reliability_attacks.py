@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 import psutil
 from reliability_jobs import JOBS, SIZES, JobProcess
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import protmae
@@ -75,6 +76,11 @@ def comparable(path):
         return [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".json":
         return without_measured(json.loads(path.read_text()))
+    if path.suffix == ".safetensors":  # the description of a classifier tells when it was tested
+        with safe_open(path, "np") as file:
+            said = json.loads((file.metadata() or {}).get("protmae", "null"))
+            tensors = {name: hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest() for name in file.keys()}
+        return without_measured(said), tensors
     if path.suffix in (".pt", ".html"):
         return "has times in it"
     return hashlib.sha256(path.read_bytes()).hexdigest()

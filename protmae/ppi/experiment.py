@@ -154,11 +154,12 @@ def run_network(
     runs,  # folder of all runs
     test: bool = True,  # False: the test pairs stay untouched
     settings: dict = None,  # of `config_ppi`
+    log_with=None,  # show each epoch's figures in 'tensorboard', 'wandb' or 'trackio' too
     **more,  # to record beside the result
 ) -> PPITrainer:  # trained, and tested if asked to; raises `ProtmaeError` for a checkpoint of another architecture
     "Train a network; test it once."
     out = ppi_run_dir(runs, arch, store, split, checkpoint, **settings or {})
-    run = PPITrainer(checkpoint, store, pairs, split, out, **settings or {})
+    run = PPITrainer(checkpoint, store, pairs, split, out, log_with=log_with, **settings or {})
     if run.arch != arch:
         raise ProtmaeError(
             f"{checkpoint} is the encoder of {run.arch}, and {arch} was asked for; pass the other checkpoint"

@@ -163,6 +163,7 @@ class PPITrainer(Trainer):
         resume: bool = True,  # go on where an earlier call stopped
         save_minutes: float = 10.0,  # between saves within an epoch
         cpu: bool = False,  # do not use a GPU
+        log_with=None,  # show each epoch's figures in 'tensorboard', 'wandb' or 'trackio' too
         **changes,  # of `config_ppi`
     ):
         config = config_for(**changes)
@@ -184,7 +185,7 @@ class PPITrainer(Trainer):
         )
         self.about |= {name: self.meta[name].tolist() for name in ("mean", "std")}
         facts = self.facts(checkpoint)
-        super().__init__(out, config, dict(config=asdict(config)) | same, facts, resume, save_minutes, cpu)
+        super().__init__(out, config, dict(config=asdict(config)) | same, facts, resume, save_minutes, cpu, log_with)
         self.data = PairBatches(pairs, inputs)
         self.start(
             PairScorer(net),

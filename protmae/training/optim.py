@@ -7,6 +7,8 @@ __all__ = ['UNDECAYED', 'optimizer_for', 'warmup_cosine', 'Schedule']
 
 # %% ../../nbs/lib/training/03_optim.ipynb #7649156f
 import math
+from bisect import bisect_right
+from collections.abc import Iterable
 
 import torch
 
@@ -43,25 +45,37 @@ def warmup_cosine(
 
 # %% ../../nbs/lib/training/03_optim.ipynb #486cf756
 class Schedule:
-    "The factor on the learning rate at each step, over one or two phases."
+    "The factor on the learning rate at each step, over one or more phases."
 
     def __init__(
         self,
         steps_per_epoch: int,  # of the optimiser
         epochs: int,  # of the whole run
         warmup_epochs: float,  # of each phase
-        first_epochs: int = 0,  # of the first phase; 0: there is one phase
+        restarts: Iterable[int] = (),  # epochs after which a new phase begins
     ):
-        self.first_steps = steps_per_epoch * first_epochs
-        self.rest_steps = steps_per_epoch * (epochs - first_epochs)
+        self.steps_per_epoch = steps_per_epoch
+        ends = [steps_per_epoch * epoch for epoch in (*restarts, epochs)]
+        self.starts = [0, *ends[:-1]]
+        self.lengths = [end - start for start, end in zip(self.starts, ends, strict=True)]
         wanted = round(steps_per_epoch * warmup_epochs)
-        phases = self.first_steps, self.rest_steps
-        warmups = [steps // 10 if wanted > steps / 2 else wanted for steps in phases]
-        self.first_warmup, self.rest_warmup = warmups
-        both = zip(warmups, phases, strict=True)
-        self.shortened = [(warmup, steps) for warmup, steps in both if steps and warmup < wanted]
+        self.warmups = [steps // 10 if wanted > steps / 2 else wanted for steps in self.lengths]
+        both = zip(self.warmups, self.lengths, strict=True)
+        self.shortened = [(warmup, steps) for warmup, steps in both if warmup < wanted]
 
     def __call__(self, step: int) -> float:
-        if step < self.first_steps:
-            return warmup_cosine(step, self.first_steps, self.first_warmup)
-        return warmup_cosine(step - self.first_steps, self.rest_steps, self.rest_warmup)
+        phase = bisect_right(self.starts, step) - 1
+        return warmup_cosine(step - self.starts[phase], self.lengths[phase], self.warmups[phase])
+
+    def remarks(self, config, extended: list) -> list[str]:
+        "What is to be said of it, with the settings of a run and the epochs after which that was extended."
+        restart = [
+            f"extended after epoch {epoch}: the learning rate rises to {config.lr:g} once more, in "
+            f"{self.warmups[-1]} steps, and falls to 0 until epoch {config.epochs}"
+            for epoch in extended[-1:]
+        ]
+        return restart + [
+            f"a warm-up of {config.warmup_epochs:g} epochs is too long for {steps // self.steps_per_epoch}: "
+            f"shortened to a tenth, {warmup} of {steps} steps"
+            for warmup, steps in self.shortened
+        ]

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_ba
 from ..core import ProtmaeError, seed_for
 from .checkpointing import EpochRecord, Position, RunFolder, TrainingState, first_nonfinite
 from .optim import Schedule, optimizer_for
-from .parts import PendingLosses, make_loader, weighted_loss
+from .parts import PendingLosses, check_tracker, make_loader, tracking, weighted_loss
 from ..utils.interrupt import stop_softly
 from ..utils.progress import Progress, format_duration, is_headless
 
@@ -43,11 +44,13 @@ class Trainer:
         resume: bool = True,  # go on where an earlier call stopped; False: `out` must be new
         save_minutes: float = 10.0,  # between saves within an epoch
         cpu: bool = False,  # do not use a GPU
+        log_with=None,  # show each epoch's figures in 'tensorboard', 'wandb' or 'trackio' too
+        extend: bool = None,  # continue a finished run to more epochs; None: not this kind of run
     ):
         self.out, self.config, self.save_minutes, self.resume = Path(out), config, save_minutes, resume
         self.folder = RunFolder(out)
         if not int(os.environ.get("RANK", 0)):  # one process decides for all
-            self.folder.claim(settings, facts, resume)
+            self.folder.claim(settings, facts, resume, extend)
         gpu = torch.cuda.is_available() and not cpu  # Apple's MPS has no float64, which the sums need
         if gpu:  # cuDNN's attention plans anew for each shape, and gave NaN gradients at such widths (pytorch #196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -58,6 +61,8 @@ class Trainer:
             gradient_accumulation_steps=config.grad_accum,
             mixed_precision="bf16" if gpu and self.precision == "bf16" else None,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+            log_with=check_tracker(log_with),
+            project_dir=self.out,
         )
 
     def start(
@@ -74,9 +79,9 @@ class Trainer:
         self.model, self.opt = self.acc.prepare(model, optimizer)
         self.train_dl, self.val_dl = self.loader(data, sampler), self.loader(data, val_sampler)
         steps_per_epoch = math.ceil(len(self.train_dl) / self.config.grad_accum)
-        self.schedule = Schedule(
-            steps_per_epoch, self.config.epochs, self.config.warmup_epochs, self.contrastive_epochs
-        )
+        self.extended = self.folder.extended()
+        restarts = [self.contrastive_epochs] * bool(self.contrastive_epochs) + self.extended
+        self.schedule = Schedule(steps_per_epoch, self.config.epochs, self.config.warmup_epochs, restarts)
         self.sched = torch.optim.lr_scheduler.LambdaLR(self.opt.optimizer, self.schedule)
         self.state = TrainingState(self.acc, self.model, self.opt, self.sched)
         self.position = Position()
@@ -126,7 +131,9 @@ class Trainer:
             self.print_once(f"This run is finished: {self.summary()}")
             return self.history
         self.announce()
-        with self.run_lock(), stop_softly() as stop, self.progress() as bar:
+        settings = asdict(self.config) | dict(arch=self.arch)
+        tracked = tracking(self.acc, self.out, settings)
+        with self.run_lock(), tracked, stop_softly() as stop, self.progress() as bar:
             self.model.train()
             while not self.finished:
                 self.train_epoch(stop, bar)
@@ -213,6 +220,7 @@ class Trainer:
         self.save_state()
         if self.acc.is_main_process:
             self.folder.write_log(self.history)
+        self.acc.log({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
         self.print_epoch(row)
 
     def record(self, row) -> bool:  # whether this epoch was the best so far
@@ -328,6 +336,8 @@ class Trainer:
                 f"the state in {self.folder.state} cannot be read ({why.splitlines()[0][:160]}); "
                 "delete that folder to begin anew, best.safetensors stays"
             ) from None
+        if self.epoch in self.extended:
+            self.position.epochs_without_improvement = 0  # early stopping begins anew
         if self.acc.is_main_process:
             self.folder.write_log(self.history)  # the log never runs ahead of the state
         return True
@@ -358,11 +368,8 @@ class Trainer:
         if self.resumed:
             text += f"; going on at epoch {self.epoch + 1}, batch {self.step + 1}"
         self.print_once(text)
-        for warmup, steps in self.schedule.shortened:
-            self.print_once(
-                f"a warm-up of {self.config.warmup_epochs:g} epochs is too long for {self.config.epochs}: "
-                f"shortened to a tenth, {warmup} of {steps} steps"
-            )
+        for remark in self.schedule.remarks(self.config, self.extended):
+            self.print_once(remark)
 
     def summary(self) -> str:
         "How many epochs there were, and the best one."

@@ -82,7 +82,11 @@ def atomic(
     tmp = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     clear_leftovers(path)
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # of files that this person makes; safetensors makes its own for nobody else to read
+        tmp.unlink()
         yield tmp
+        tmp.chmod(mode)
         with open(tmp, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
