@@ -78,8 +78,8 @@ class EmbeddingSpace:
 
     def for_store(self) -> dict:
         "What `create` is given to keep."
-        about = dict(model=self.model, layer=self.layer, dim=self.dim)
-        about |= dict(model_identity=self.identity, model_source=self.source)
+        said = dict(model_identity=self.identity, model_source=self.source)
+        about = dict(model=self.model, layer=self.layer, dim=self.dim) | {k: v for k, v in said.items() if v}
         if self.matrix is not None:
             about["arrays"] = dict(projection=self.matrix, projection_mean=self.mean)
             about["projected"] = self.projection

@@ -14,6 +14,7 @@ import numpy as np
 from ..core import MAX_LEN, ProtmaeError
 from .hdf5 import Rows, damaged, decode_texts, open_h5, read_attributes, stored_dataset
 from .shards import Joined, shard_files
+from .space import require_same_space, stored_space
 from ..utils.progress import Progress
 
 # %% ../../nbs/lib/data/05_store.ipynb #4fef7a04
@@ -100,13 +101,9 @@ def _check_shard(shard, k, first, n):
         raise ProtmaeError(
             f"{path} was written as shard {number} of {total}; its name says {k} of {n}; give it its own name back"
         )
-    for name in ("dim", "model", "layer", "projected"):
-        found, expected = (getattr(store, name, store.attrs.get(name, "no")) for store in (shard, first))
-        if found != expected:
-            raise ProtmaeError(
-                f"{path}: {name} is {found}, in {first.path.name} it is {expected}; "
-                "shards of one store are embedded with one model in one way; embed it again"
-            )
+    if shard.space.digest != first.space.digest:
+        advice = "shards of one store are embedded with one model in one way: embed it again"
+        require_same_space(first.space, shard.space, first.path.name, path, advice)
 
 # %% ../../nbs/lib/data/05_store.ipynb #8f01351f
 class EmbeddingStore:
@@ -156,7 +153,8 @@ class EmbeddingStore:
         self.checksums = datasets["checksums"][:][done]
         self._moments, self._planned = Rows(f, "moments"), done  # positions among the planned proteins
         self.attrs = {name: value for name, value in attributes.items() if name not in ("mean", "std")}
-        self.model, self.layer = str(self.attrs.get("model", "?")), str(self.attrs.get("layer", "?"))
+        self.space = stored_space(f, attributes, self.dim)
+        self.model, self.layer = self.space.model, self.space.layer
         self.fingerprint = fingerprint(self.ids, self.sequences, self.lengths, self.checksums, self.dim, self.model)
 
     def _join(self):
@@ -167,7 +165,7 @@ class EmbeddingStore:
             _check_shard(shards[k], k, shards[0], len(self.files))
             shards[k]._index = None  # the memory is better used for the common one
         first = shards[0]
-        self.dim, self.model, self.layer = first.dim, first.model, first.layer
+        self.dim, self.model, self.layer, self.space = first.dim, first.model, first.layer, first.space
         not_shared = ("shard", "provenance", "fingerprint", "segments")
         self.attrs = {name: value for name, value in first.attrs.items() if name not in not_shared}
         self.pending = sum(shard.pending for shard in shards)
@@ -301,7 +299,7 @@ def describe(
     size = sum(file.stat().st_size for file in store.files) / 1e6
     shards = f", in {len(store.files)} shards" if len(store.files) > 1 else ""
     print(f"{store.path}: {len(store):,} proteins, {int(store.lengths.sum()):,} residues x {store.dim} dims, float16")
-    print(f"model {store.model}, layer {store.layer}; fingerprint {store.fingerprint}; {size:,.1f} MB on disk{shards}")
+    print(f"embedding space {store.space}; fingerprint {store.fingerprint}; {size:,.1f} MB on disk{shards}")
     if store.attrs.get("note"):
         print(store.attrs["note"])
     if store.pending:
