@@ -59,7 +59,9 @@ def _plan(tmp, ids, sequences, lengths, dim, attrs, arrays):
     texts = dict(ids=np.array(ids, object).astype(text), sequences=np.array(sequences, object).astype(text))
     later = dict(fingerprint=padded_fingerprint(" " * 16), mean=np.zeros(dim, "f4"), std=np.ones(dim, "f4"))
     arrays = arrays or {}
-    about = [str(attrs.get(name, missing)) for name, missing in (("model", "?"), ("layer", "?"), ("model_identity", ""))]
+    about = [
+        str(attrs.get(name, missing)) for name, missing in (("model", "?"), ("layer", "?"), ("model_identity", ""))
+    ]
     space = EmbeddingSpace(*about[:2], dim, arrays.get("projection"), arrays.get("projection_mean"), about[2])
     attrs = attrs | dict(dim=dim, format_version=FORMAT_VERSION, space=space.digest)
     plan_file(tmp, spaces, dict(offsets=offsets) | texts | arrays, attrs, later)
