@@ -165,9 +165,7 @@ class EmbeddingJob:
         with EmbeddingStore(path) as store:
             self.check_space(store.space, path)
             if self.like is not None:
-                require_same_space(
-                    self.like, store.space, "the space to embed into", path, "choose another store"
-                )
+                require_same_space(self.like, store.space, "the space to embed into", path, "choose another store")
         with open_h5(path) as f:
             return dict(zip(decode_texts(f["ids"]), decode_texts(f["sequences"]), strict=True))
 
