@@ -20,6 +20,7 @@ from ..data.patches import patch_bounds
 from ..data.space import model_file
 from ..data.store import EmbeddingStore
 from ..embed.run import embed_fasta
+from ..models.hub import require_space_of
 from .pair_lists import PairGrid, ProteinSet, SequenceFile, read_pair_list
 from .predict import load_classifier
 from protmae.ppi.predictions import (
@@ -99,10 +100,7 @@ class PredictionInputs:
         sources = {path: _open(path, path == request.store) for path in dict.fromkeys(paths)}
         self.stores = [source for source in sources.values() if isinstance(source, EmbeddingStore)]
         for store in self.stores:
-            if store.dim != len(about["mean"]):
-                raise ProtmaeError(
-                    f"{model} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}"
-                )
+            require_space_of(about, store)
         files = [source for source in sources.values() if source not in self.stores]
         self.proteins = ProteinSet([*self.stores, *files])
         self.places = self.proteins.places.copy()  # (N, 2) store and position in it
