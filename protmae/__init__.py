@@ -20,6 +20,7 @@ _HOMES = {
     "training.config": "config_v2 config_v5",
     "training.pretrain": "pretrain",
     "ppi.predict": "load_classifier predict",
+    "ppi.prediction_run": "PredictionRequest predict_pairs",
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

@@ -253,7 +253,7 @@ def predict(
         head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint)
     finally:
         signal.signal(signal.SIGTERM, before)
-    if head is not None:
+    if head is not None and len(head):
         print(head.to_string(index=False, max_rows=10, float_format="{:.4g}".format))
     print("\n".join([*remarks, f"written to {out}"]))
 

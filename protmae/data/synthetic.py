@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIM, MAX_LEN, ProtmaeError, check_number, seed_for
-from .space import EmbeddingSpace
+from ..utils.space import EmbeddingSpace
 from .store import EmbeddingStore
 from .writer import StoreWriter, create
 from ..utils.files import atomic

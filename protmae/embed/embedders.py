@@ -9,9 +9,10 @@ __all__ = ['get_embedder', 'space_to_embed_into', 'embedder_for']
 from pathlib import Path
 
 from ..core import ProtmaeError
-from ..data.space import EmbeddingSpace, checkpoint_space
 from ..data.store import EmbeddingStore
 from .base import Embedder, choose_device
+from ..utils.space import EmbeddingSpace
+from ..utils.tensors import CONFIG, model_file, read_tensors
 
 # %% ../../nbs/lib/embed/04_embedders.ipynb #f01880b5
 def get_embedder(
@@ -39,12 +40,14 @@ def get_embedder(
 
 # %% ../../nbs/lib/embed/04_embedders.ipynb #44427a36
 def space_to_embed_into(
-    like,  # a store, the folder of a run, or the file of a trained model
+    like,  # a store, the folder of a run, or the file or the folder of a trained model
 ) -> EmbeddingSpace:  # raises `ProtmaeError` where it has none
     "The space of a file."
     path = Path(like)
+    if path.is_dir() and not (path / CONFIG).is_file():
+        path = model_file(path)
     if path.is_dir() or path.suffix == ".safetensors":
-        space = checkpoint_space(path)
+        space = (read_tensors(path)[1] or {}).get("space")
     else:
         space = EmbeddingStore(path).space
     if space is None or not space.is_known:

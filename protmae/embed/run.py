@@ -16,7 +16,7 @@ from ..core import ProtmaeError, check_number, seed_for
 from ..data.fasta import clean_sequences, read_sequences
 from ..data.hdf5 import open_h5
 from ..data.shards import shard_files, shard_name, shard_ranges
-from ..data.space import EmbeddingSpace, require_same_space
+from ..utils.space import EmbeddingSpace, require_same_space
 from ..data.store import EmbeddingStore, decode_texts
 from ..data.writer import StoreWriter, create, extend, writer_lock
 from .base import Embedder

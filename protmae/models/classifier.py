@@ -14,6 +14,7 @@ from ..data.patches import patch_means
 from .interaction import InteractionCrossAttention, InteractionMLPHead, V2ToV5Adapter, token_mask
 from .v2 import TransformerMAE
 from .v5 import MAEEncoder
+from ..utils.pretrained import PretrainedModel
 
 # %% ../../nbs/lib/models/06_classifier.ipynb #34b4c250
 class Whitening(nn.Module):
@@ -52,7 +53,7 @@ class Whitening(nn.Module):
         return self
 
 # %% ../../nbs/lib/models/06_classifier.ipynb #b074c885
-class IdentityEncoder(nn.Module):
+class IdentityEncoder(nn.Module, PretrainedModel):
     "No encoder at all: the standardised embeddings themselves, a control for what a trained one adds."
 
     def __init__(

@@ -14,6 +14,7 @@ from ..core import DIM, MAX_LEN, ProtmaeError
 from .layers import encoder, run_encoder
 from .masking import random_mask
 from .token_layout import fixed_shapes, real_positions, token_layout
+from ..utils.pretrained import PretrainedModel
 
 # %% ../../nbs/lib/models/03_v2.ipynb #494757ce
 def check_input(
@@ -35,7 +36,7 @@ def check_input(
         raise ProtmaeError(f"lengths are {int(lengths.min())}-{int(lengths.max())}; expected 1 to {x.shape[1]}")
 
 # %% ../../nbs/lib/models/03_v2.ipynb #eb31031f
-class TransformerMAE(nn.Module):
+class TransformerMAE(nn.Module, PretrainedModel):
     "V2: masked autoencoder over residues, with one compressed vector per protein."
 
     def __init__(

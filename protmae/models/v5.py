@@ -17,6 +17,7 @@ from .layers import encoder, run_encoder
 from .masking import mask_counts, random_mask
 from .token_layout import fixed_shapes, token_layout
 from .v2 import check_input
+from ..utils.pretrained import PretrainedModel
 
 # %% ../../nbs/lib/models/04_v5.ipynb #60a53d85
 class PatchEmbedding(nn.Module):
@@ -69,7 +70,7 @@ def real_patches(
     return torch.arange(N_PATCHES, device=lengths.device) < n_patches(lengths, patching)[:, None]
 
 # %% ../../nbs/lib/models/04_v5.ipynb #afb84a34
-class MAEEncoder(nn.Module):
+class MAEEncoder(nn.Module, PretrainedModel):
     "V5: a protein as a CLS token and up to 47 patch tokens."
 
     def __init__(
@@ -143,7 +144,7 @@ class MAEEncoder(nn.Module):
         return tokens.unpack(rows)
 
 # %% ../../nbs/lib/models/04_v5.ipynb #375931ba
-class MAEV5(nn.Module):
+class MAEV5(nn.Module, PretrainedModel):
     "V5 pretraining: `encoder`, and a light decoder that is dropped afterwards."
 
     def __init__(

@@ -113,6 +113,7 @@ def _check_card(about):
         metrics, _ = tested["metrics"], [tested[name] for name in ("kind", "seed", "leaks")]
         numbers = [tested["test_pairs"], *(metrics[name] for name in ("auroc", "auprc_1to10", "ece", "threshold"))]
         numbers += [limit for low, high in metrics.get("interval", {}).values() for limit in (low, high)]
+        numbers += [part["pairs"] + (part["auroc"] or 0) for part in tested.get("by_seen", {}).values()]
         if not np.isfinite(np.asarray(numbers, "f8")).all():
             raise ValueError("its test result is not finite")
     return dict(

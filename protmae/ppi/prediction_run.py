@@ -17,7 +17,6 @@ import torch
 
 from ..core import ProtmaeError, check_number
 from ..data.patches import patch_bounds
-from ..data.space import model_file
 from ..data.store import EmbeddingStore
 from ..embed.run import embed_fasta
 from ..models.hub import require_space_of
@@ -36,6 +35,7 @@ from protmae.ppi.predictions import (
 from .scoring import ProteinFeatures, Scorer, pair_attention
 from ..utils.download import file_sha256
 from ..utils.files import atomic, write_json
+from ..utils.tensors import model_file
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #c28d9508
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def embed_missing(
     out = Path(out)
     if not about.get("space"):
         raise ProtmaeError(
-            f"{len(sequences):,} proteins are in no store, {next(iter(sequences))!r} first, and {model} does not say "
-            "which language model made its embeddings; embed the file with `protmae embed` as for the model's "
+            f"{next(iter(sequences))!r} is in no store, like {len(sequences) - 1:,} other proteins, and {model} does "
+            "not say which language model made its embeddings; embed the file with `protmae embed` as for the model's "
             "training, and pass --store"
         )
     table = out.with_name(f"{out.stem}.missing.tsv")

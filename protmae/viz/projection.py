@@ -127,7 +127,7 @@ class LinkedMaps:
     ):
         import ipywidgets as widgets
 
-        self.ids, self.chosen = list(ids), []
+        self.ids, self.chosen, self._drawn_around = list(ids), [], []
         self.figure = go.FigureWidget(figure)
         for trace in self.figure.data:
             trace.on_selection(self._select)
@@ -140,8 +140,11 @@ class LinkedMaps:
         return self.view._repr_mimebundle_(**options)
 
     def _select(self, trace, points, selector):
-        if points.point_inds:
-            self.select(points.point_inds)
+        "plotly calls this for one trace after another and empties those outside the lasso: all are set after the last."
+        self._drawn_around += points.point_inds
+        if trace is self.figure.data[-1]:
+            chosen, self._drawn_around = self._drawn_around, []
+            self.select(chosen or None)
 
     def _release(self, trace, points):
         self.select(None)
