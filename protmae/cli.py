@@ -228,7 +228,7 @@ RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-4]  # what `train` p
 
 # %% ../nbs/lib/99_cli.ipynb #a51da9bb
 def predict(
-    model: str,  # best.safetensors of a PPI run, or its folder
+    model: str,  # best.safetensors of a PPI run, its folder, or one that save_pretrained wrote
     *,
     pairs: str = None,  # score the pairs of a table, two ids a line; no label is needed
     all: bool = False,  # score every pair of the proteins

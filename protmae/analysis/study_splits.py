@@ -8,11 +8,11 @@ __all__ = ['split_group', 'StudySplits']
 # %% ../../nbs/lib/analysis/10_study_splits.ipynb #741b3333
 from pathlib import Path
 
-from ..utils.space import require_same_space
 from ..data.store import EmbeddingStore
 from ..ppi.pairs import read_pairs
 from ..ppi.splits import load_split, make_split, save_split
 from ..utils.files import atomic
+from ..utils.space import require_same_space
 
 # %% ../../nbs/lib/analysis/10_study_splits.ipynb #20412c02
 def split_group(

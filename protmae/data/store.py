@@ -14,8 +14,8 @@ import numpy as np
 from ..core import MAX_LEN, ProtmaeError
 from .hdf5 import Rows, damaged, decode_texts, open_h5, read_attributes, stored_dataset
 from .shards import Joined, shard_files
-from ..utils.space import EmbeddingSpace, checked_space, require_same_space
 from ..utils.progress import Progress
+from ..utils.space import EmbeddingSpace, checked_space, require_same_space
 
 # %% ../../nbs/lib/data/05_store.ipynb #4fef7a04
 def row_moments(

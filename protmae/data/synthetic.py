@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIM, MAX_LEN, ProtmaeError, check_number, seed_for
-from ..utils.space import EmbeddingSpace
 from .store import EmbeddingStore
 from .writer import StoreWriter, create
 from ..utils.files import atomic
+from ..utils.space import EmbeddingSpace
 
 # %% ../../nbs/lib/data/11_synthetic.ipynb #c3a1cb15
 NOTE = "SYNTHETIC demo data: no language model and no biology behind it"

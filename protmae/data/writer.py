@@ -21,10 +21,10 @@ from .allocation import padded_fingerprint, plan_file
 from .hdf5 import check_local, decode_texts, open_h5
 from .seal import check_seal
 from .shards import shard_name, shard_ranges
-from ..utils.space import EmbeddingSpace
 from .store import FORMAT_VERSION, EmbeddingStore, row_checksum, row_moments
 from ..utils.files import atomic
 from ..utils.provenance import provenance
+from ..utils.space import EmbeddingSpace
 
 # %% ../../nbs/lib/data/06_writer.ipynb #319fd4eb
 def _check_plan(ids, sequences, lengths, dim):

@@ -12,7 +12,7 @@ from ..core import ProtmaeError
 from ..data.store import EmbeddingStore
 from .base import Embedder, choose_device
 from ..utils.space import EmbeddingSpace
-from ..utils.tensors import CONFIG, model_file, read_tensors
+from ..utils.tensors import model_file, read_tensors
 
 # %% ../../nbs/lib/embed/04_embedders.ipynb #f01880b5
 def get_embedder(
@@ -44,10 +44,8 @@ def space_to_embed_into(
 ) -> EmbeddingSpace:  # raises `ProtmaeError` where it has none
     "The space of a file."
     path = Path(like)
-    if path.is_dir() and not (path / CONFIG).is_file():
-        path = model_file(path)
     if path.is_dir() or path.suffix == ".safetensors":
-        space = (read_tensors(path)[1] or {}).get("space")
+        space = (read_tensors(model_file(path))[1] or {}).get("space")
     else:
         space = EmbeddingStore(path).space
     if space is None or not space.is_known:

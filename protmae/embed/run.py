@@ -16,12 +16,12 @@ from ..core import ProtmaeError, check_number, seed_for
 from ..data.fasta import clean_sequences, read_sequences
 from ..data.hdf5 import open_h5
 from ..data.shards import shard_files, shard_name, shard_ranges
-from ..utils.space import EmbeddingSpace, require_same_space
 from ..data.store import EmbeddingStore, decode_texts
 from ..data.writer import StoreWriter, create, extend, writer_lock
 from .base import Embedder
 from .embedders import embedder_for, space_to_embed_into
 from ..utils.progress import Progress
+from ..utils.space import EmbeddingSpace, require_same_space
 
 # %% ../../nbs/lib/embed/03_run.ipynb #70d0f0c5
 def token_batches(

@@ -60,7 +60,7 @@ def load_model(
     if meta is None:
         meta = dict(arch="v2", sizes=_v2_sizes(path, state), mean=mean, std=std)
     elif "model_class" in meta:  # a folder
-        meta = dict(arch=_CLASSES.get(meta["model_class"], meta["model_class"])) | meta
+        meta = meta | dict(arch=_CLASSES.get(meta["model_class"], meta["model_class"]))
     if not isinstance(meta.get("sizes"), dict) or not isinstance(meta.get("arch"), str):
         raise ProtmaeError(
             f"{path} does not say which model it is of (arch, sizes); expected a V2 or V5 written by protmae"

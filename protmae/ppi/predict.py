@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..core import ProtmaeError
-from ..models.classifier import IdentityEncoder
+from ..models.classifier import IdentityEncoder, PPIClassifier
 from ..models.hub import build, check_sizes, load_model, read_tensors, require_space_of
 from ..models.v5 import MAEEncoder
 from .config import config_for
@@ -45,30 +45,37 @@ def load_weights(
 
 # %% ../../nbs/lib/ppi/09_predict.ipynb #9a92d2d5
 def load_classifier(
-    path,  # best.safetensors of a PPI run
+    path,  # best.safetensors of a PPI run, or a folder that `save_pretrained` wrote
     checkpoint=None,  # the encoder's file, for a classifier's file that does not hold it and if it has moved
 ) -> tuple:  # `PPIClassifier` in eval mode, dict with arch, config, mean, std, ...; raises `ProtmaeError`
     "A trained classifier, ready to use."
-    state, about = read_tensors(path)
-    if not about or "encoder" not in about:
+    state, found = read_tensors(path)
+    if not found or "encoder" not in found:
         raise ProtmaeError(f"{path} is no classifier of a PPI run; pass the best.safetensors that 04_train_ppi wrote")
-    about = _check_description(path, state, about)
-    whole = about["encoder"] is None or (checkpoint is None and about.get("network") is not None)
-    if about["encoder"] is None:
-        dim = about["mean"].size
-        encoder = IdentityEncoder(dim)
-    elif whole:
-        encoder = _build_encoder(path, state, about["network"])
-        dim = encoder.input_dim
+    about = _check_description(path, state, found)
+    if "model_class" in found:
+        net = PPIClassifier.from_description(path, state, found)
     else:
-        model, meta = _load_encoder(path, checkpoint, about)
-        dim = meta["sizes"]["input_dim"]
-        encoder = model.encoder if meta["arch"] == "v5" else model
+        net = _from_file(path, state, about, checkpoint).describe(found)
+    dim = net.encoder.input_dim
     if not all(about[name].shape == (dim,) and np.isfinite(about[name]).all() for name in ("mean", "std")):
         raise ProtmaeError(f"{path}: its mean and std do not fit {dim} inputs; it is damaged")
+    return net.eval(), about
+
+
+def _from_file(path, state, about, checkpoint):
+    "The classifier in the file of a run."
+    whole = about["encoder"] is None or (checkpoint is None and about.get("network") is not None)
+    if about["encoder"] is None:
+        encoder = IdentityEncoder(about["mean"].size)
+    elif whole:
+        encoder = _build_encoder(path, state, about["network"])
+    else:
+        model, meta = _load_encoder(path, checkpoint, about)
+        encoder = model.encoder if meta["arch"] == "v5" else model
     net = make_classifier(encoder, about["config"])
     load_weights(net, state, path, whole)
-    return net.eval(), about
+    return net
 
 
 def _build_encoder(path, state, network):
@@ -137,7 +144,7 @@ def _load_encoder(path, checkpoint, about):
 
 # %% ../../nbs/lib/ppi/09_predict.ipynb #3b04ff2b
 def predict(
-    path,  # best.safetensors of a PPI run
+    path,  # best.safetensors of a PPI run, or a folder that `save_pretrained` wrote
     store,  # `EmbeddingStore` of the same embedding space
     a: list,  # ids of the first protein of each pair
     b: list,  # ids of the second

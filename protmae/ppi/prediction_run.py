@@ -35,7 +35,7 @@ from protmae.ppi.predictions import (
 from .scoring import ProteinFeatures, Scorer, pair_attention
 from ..utils.download import file_sha256
 from ..utils.files import atomic, write_json
-from ..utils.tensors import model_file
+from ..utils.tensors import CONFIG, WEIGHTS, model_file
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #c28d9508
 @dataclass(frozen=True)
@@ -188,16 +188,27 @@ def predict_pairs(
         write_table(out, kept, labelling, len(pairs))
         remarks += applies_to(about, pd.Series(labelling.seen_of(kept.a, kept.b)))
         head = labelling.columns(kept[:HEAD], len(pairs))
-    facts = dict(model=str(model), sha256=file_sha256(model), prior=prior, pairs_scored=len(pairs), meaning=remarks)
+    facts = dict(
+        model=str(model), sha256=file_sha256(_files(model)[0]), prior=prior, pairs_scored=len(pairs), meaning=remarks
+    )
     write_json(out.with_name(f"{out.name}.json"), facts)
     scores.unlink()
     return head, remarks
 
 
+def _files(model):
+    return [model / WEIGHTS, model / CONFIG] if model.is_dir() else [model]
+
+
 def _key(model, inputs):
     "A digest of all that decides the scores and their order."
     ids = "\n".join(inputs.proteins.ids[i] for i in inputs.pairs.proteins)
-    parts = [file_sha256(model), *(store.fingerprint for store in inputs.stores), inputs.pairs.digest, ids]
+    parts = [
+        *map(file_sha256, _files(model)),
+        *(store.fingerprint for store in inputs.stores),
+        inputs.pairs.digest,
+        ids,
+    ]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #3a1fa4e3

@@ -46,9 +46,9 @@ CARD = (
 ```python
 from protmae import {{ model_class }}
 
-model = {{ model_class }}.from_pretrained("{{ title }}")
+model = {{ model_class }}.from_pretrained("{{ title }}")  # this folder, or its name on the hub
 ```
-{% for heading, lines in sections.items() %}
+{{ usage }}{% for heading, lines in sections.items() %}
 ## {{ heading }}
 
 | | |
@@ -71,10 +71,11 @@ class PretrainedModel(PyTorchModelHubMixin, model_card_template=CARD, library_na
     """A model that can be saved as a folder, and read from one. Use it as the second base, behind `nn.Module`."""
 
     about: dict = {}  # what is known of a trained model: mean and std of its inputs, settings, ...
+    usage = ""  # for the card: what else can be done with such a folder
 
     def describe(self, about: dict) -> "PretrainedModel":
         "Keep what is known of the model, and of the models it is made of, for when they are saved."
-        own = ("model_class", "arch", "sizes", "path")  # each model has these itself, or they are of this machine
+        own = ("model_class", "sizes", "path")  # each model has these itself
         kept = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in about.items() if k not in own}
         for module in self.modules():
             if isinstance(module, PretrainedModel):
@@ -94,6 +95,7 @@ class PretrainedModel(PyTorchModelHubMixin, model_card_template=CARD, library_na
     def generate_model_card(self, **more):
         "The card of this model."
         facts = dict(model_class=type(self).__name__, title=type(self).__name__, summary=type(self).__doc__)
+        facts |= dict(usage=self.usage)
         return super().generate_model_card(**facts | dict(sections=self.card_sections()) | more)
 
     def card_sections(self) -> dict:
@@ -136,13 +138,25 @@ class PretrainedModel(PyTorchModelHubMixin, model_card_template=CARD, library_na
         about: dict,  # as `description` gave it
     ) -> "PretrainedModel":  # in eval mode; raises `ProtmaeError` where they do not fit
         "A model of what was read from a folder."
+        model = cls.make(path, state, about)
+        load_weights_exactly(model, state, path)
+        return model.eval().describe(about)
+
+    @classmethod
+    def make(
+        cls,
+        path,  # for messages
+        state: dict,  # weights that the model is going to hold
+        about: dict,  # as `description` gave it
+        *parts,  # models it is made of
+        unused: tuple = (),  # names of sizes that no weight shows
+    ) -> "PretrainedModel":  # with fresh weights; raises `ProtmaeError`
+        "A model of the sizes that a description says and that its weights have."
         sizes = about.get("sizes")
         if not isinstance(sizes, dict):
             raise ProtmaeError(f"{path} does not say which sizes its {cls.__name__} has; it is damaged")
-        check_sizes(path, sizes, state)
+        check_sizes(path, {name: size for name, size in sizes.items() if name not in unused}, state)
         try:
-            model = cls(**sizes)
+            return cls(*parts, **sizes)
         except Exception as e:
             raise ProtmaeError(f"{path}: {cls.__name__} cannot be built with sizes {sizes}: {e}") from None
-        load_weights_exactly(model, state, path)
-        return model.eval().describe(about)

@@ -17,7 +17,6 @@ import torch
 
 from ..core import ProtmaeError
 
-
 # %% ../../nbs/lib/utils/08_space.ipynb #0ccb2391
 UNNAMED = ("", "?", "imported")  # names that say nothing about a language model
 UNSAID = ("", "?", "last")  # layers that say nothing

@@ -66,14 +66,13 @@ def save_folder(
 
 # %% ../../nbs/lib/utils/06_tensors.ipynb #3525efc5
 def model_file(
-    model,  # the file of a trained model, or the folder of its run
-) -> Path:  # raises `ProtmaeError` where there is none
-    "The file of a trained model."
+    model,  # the file of a trained model, the folder of its run, or one that `save_pretrained` wrote
+) -> Path:  # a file, or the folder with config.json; raises `ProtmaeError` where there is none
+    "Where a trained model is."
     path = Path(model)
-    if path.is_dir():
-        files = [path / name for name in ("best.safetensors", WEIGHTS)]
-        path = next((file for file in files if file.is_file()), files[0])
-    if not path.is_file():
+    if path.is_dir() and not (path / CONFIG).is_file():
+        path = path / "best.safetensors"
+    if not path.exists():
         raise ProtmaeError(f"there is no model at {path}; expected the best.safetensors of a run, or its folder")
     return path
 
