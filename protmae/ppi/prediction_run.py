@@ -71,7 +71,8 @@ def embed_missing(
 ) -> EmbeddingStore:  # raises `ProtmaeError` where the model does not say how its embeddings are made
     "Embed proteins into the model's own space, and keep them for the next time."
     out = Path(out)
-    if not about.get("space"):
+    space = about.get("space")
+    if space is None or not space.is_known:
         raise ProtmaeError(
             f"{next(iter(sequences))!r} is in no store, like {len(sequences) - 1:,} other proteins, and {model} does "
             "not say which language model made its embeddings; embed the file with `protmae embed` as for the model's "
