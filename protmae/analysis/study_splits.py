@@ -9,12 +9,12 @@ __all__ = ['split_group', 'StudySplits', 'write_training_ids']
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..core import ProtmaeError
 from ..data.fasta import clean_sequences, read_sequences
 from ..data.store import EmbeddingStore
 from ..ppi.pairs import read_pairs
 from ..ppi.splits import load_split, make_split, save_split
 from ..utils.files import atomic
+from ..utils.space import require_same_space
 
 # %% ../../nbs/lib/analysis/10_study_splits.ipynb #20412c02
 def split_group(
@@ -67,12 +67,7 @@ class StudySplits:
     def other_proteins(self, path) -> list:
         "Ids that a larger store adds: no protein of the plan's store, and no copy of one; raises `ProtmaeError`."
         larger, mine = EmbeddingStore(path), self.store
-        spaces = [(s.model, s.dim, s.attrs.get("projected")) for s in (larger, mine)]
-        if spaces[0] != spaces[1]:
-            raise ProtmaeError(
-                f"{path} has (model, width, projection) {spaces[0]}, and {mine.path} has {spaces[1]}; "
-                f"embed the other proteins into a copy of {mine.path}: protmae embed adds to a store that is there"
-            )
+        require_same_space(mine.space, larger.space, mine.path, path)
         ids, sequences = set(mine.ids), set(mine.sequences)
         both = zip(larger.ids, larger.sequences, strict=True)
         return [name for name, sequence in both if name not in ids and sequence not in sequences]

@@ -16,6 +16,7 @@ from ..core import DIM, MAX_LEN, ProtmaeError, check_number, seed_for
 from .store import EmbeddingStore
 from .writer import StoreWriter, create
 from ..utils.files import atomic
+from ..utils.space import EmbeddingSpace
 
 # %% ../../nbs/lib/data/11_synthetic.ipynb #c3a1cb15
 NOTE = "SYNTHETIC demo data: no language model and no biology behind it"
@@ -119,7 +120,8 @@ def make_demo_store(
         sequences.append(families.sequence(plans[-1], rng))
     _write_pairs(pairs_path, ids, plans, rng)
     with atomic(path) as tmp:
-        create(tmp, ids, sequences, dim, model="synthetic", layer="none", note=NOTE, demo=recipe)
+        space = EmbeddingSpace("synthetic", "none", dim, identity=f"v2 seed={seed}")
+        create(tmp, ids, sequences, note=NOTE, demo=recipe, **space.for_store())
         with StoreWriter(tmp) as writer:
             smooth = (families.rows(plan) for plan in plans)
             writer.write(enumerate(rows + noise * rng.normal(size=rows.shape) for rows in smooth))

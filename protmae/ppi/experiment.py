@@ -141,7 +141,8 @@ def untrained_checkpoint(
     if not fresh.exists():
         torch.manual_seed(seed)
         model = build(meta["arch"], **meta["sizes"])
-        save_model(fresh, model, meta["arch"], meta["sizes"], meta["mean"], meta["std"], untrained=True)
+        kept = {name: meta[name] for name in ("fingerprint", "language_model", "space") if name in meta}
+        save_model(fresh, model, meta["arch"], meta["sizes"], meta["mean"], meta["std"], untrained=True, **kept)
     return fresh
 
 # %% ../../nbs/lib/ppi/11_experiment.ipynb #e3b29461
