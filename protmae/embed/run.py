@@ -90,7 +90,8 @@ def fit_projection(
     centred = x - mean.astype("f4")  # float32 would lose digits on large means
     pca = PCA(dim, svd_solver="covariance_eigh").fit(centred)
     kept = float(pca.explained_variance_ratio_.sum())
-    return Projection(np.ascontiguousarray(pca.components_.T, "f4"), (mean + pca.mean_).astype("f4"), kept)
+    components = pca.components_.T.astype("f2")  # a model's file holds them, in half the room
+    return Projection(np.ascontiguousarray(components, "f4"), (mean + pca.mean_).astype("f4"), kept)
 
 
 def _check_finite(embedder, sequences, embeddings):

@@ -22,7 +22,7 @@ def halve(
         if parameter.ndim > 1:
             parameter.data = parameter.data.half()
 
-
+# %% ../../nbs/lib/ppi/17_publish.ipynb #e89425df
 def publish_classifier(
     model,  # best.safetensors of a PPI run, or the folder of the run
     folder,  # where to

@@ -22,6 +22,12 @@ UNNAMED = ("", "?", "imported")  # names that say nothing about a language model
 UNSAID = ("", "?", "last")  # layers that say nothing
 
 
+def _smallest(array):
+    "As float16 where that loses nothing: `protmae embed` rounds a PCA so that it does not."
+    half = array.astype("f2")
+    return half if np.array_equal(half, array) else array
+
+
 @dataclass(frozen=True, eq=False)
 class EmbeddingSpace:
     "Where residue embeddings come from: two stores are comparable when they share all of this."
@@ -86,7 +92,7 @@ class EmbeddingSpace:
     def for_checkpoint(self) -> tuple:  # tensors, and a dict for the file's description
         "What `save_tensors` is given to keep."
         names = ("model", "layer", "dim", "identity", "source", "complete", "digest")
-        arrays = {} if self.matrix is None else {"space.matrix": self.matrix, "space.mean": self.mean}
+        arrays = {} if self.matrix is None else {"space.matrix": _smallest(self.matrix), "space.mean": self.mean}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         return tensors, {name: getattr(self, name) for name in names}
 
@@ -124,7 +130,7 @@ def split_space(
         return
     try:
         saved = dict(saved)
-        digest, arrays = saved.pop("digest"), [None if a is None else a.numpy() for a in arrays]
+        digest, arrays = saved.pop("digest"), [None if a is None else a.float().numpy() for a in arrays]
         space = EmbeddingSpace(**saved, matrix=arrays[0], mean=arrays[1])
         about["space"] = checked_space(path, space, digest)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
