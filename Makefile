@@ -1,4 +1,5 @@
-# make demo     V5 trains for a short run (sets up .venv first); P="-p epochs 10" passes parameters
+# make demo     V5 trains for a short run on 250 yeast proteins, then a ready model scores their pairs (sets up .venv first);
+#               P="-p epochs 10" passes parameters
 # make test     lint, readability gates, every notebook, then the browser tests (sets up .venv first)
 # make check    the same for the notebooks changed since main, without a browser: for everyday work
 # make study    every run of nbs/study/config.yaml; hours on two cores, goes on where it was; S="--dry-run" passes options
@@ -15,6 +16,8 @@ PIP    := $(BIN)/pip install --quiet
 
 demo: $(VENV)/.ready
 	cd nbs && papermill 03_train_v5.ipynb ../data/03_train_v5.out.ipynb --cwd . --log-output $(P)
+	test ! -f data/demo.h5 || protmae predict data/models/yeast-unirep-small \
+	  --store data/demo.h5 --pairs data/demo.pairs.tsv --out data/demo.predictions.tsv --top 10
 	@echo "Open data/03_train_v5.out.ipynb in JupyterLab (make lab) to see the curves and a reconstruction."
 
 test: $(VENV)/.ready-test

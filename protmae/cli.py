@@ -25,7 +25,8 @@ from .core import ProtmaeError
 def embed(
     fasta: str,  # FASTA, plain or .gz, or a table with a sequence column
     store: str,  # the .h5 to write, to go on with or to add to
-    model: str = "esmc_300m",  # esmc_300m, unirep, esm2_t33_650M_UR50D, a hub name (ESM-C, ESM-2, T5), or a folder
+    model: str = None,  # esmc_300m (default), unirep, esm2_t33_650M_UR50D, a hub name (ESM-C, ESM-2, T5), or a folder
+    like: str = None,  # a store, a run or a classifier to use the embeddings with: its model, layer and PCA are taken
     layer: int = None,  # which layer of the language model, counted from 1; without it the last, normalised
     dim: int = None,  # project to this width with PCA, for example 960 for unirep
     pca_ids: str = None,  # file of ids that PCA may be fitted on (the training proteins)
@@ -41,7 +42,7 @@ def embed(
     if shard and shards not in (None, total):
         raise ProtmaeError(f"--shards {shards} and --shard {shard} contradict each other; give one of them")
     ids = read_ids(pca_ids) if pca_ids else None
-    options = dict(layer=layer, dim=dim, pca_ids=ids, device=device, max_tokens=max_tokens)
+    options = dict(layer=layer, dim=dim, pca_ids=ids, device=device, max_tokens=max_tokens, like=like)
     embed_fasta(fasta, store, model, shards=total, shard=which, **options)
 
 # %% ../nbs/lib/99_cli.ipynb #bb6fbecf

@@ -25,7 +25,8 @@ import torch
 from protmae.data.patches import PatchCache
 from protmae.data.store import EmbeddingStore
 from protmae.data.writer import StoreWriter, create
-from protmae.embed.run import embedder_batches, get_embedder
+from protmae.embed.embedders import get_embedder
+from protmae.embed.run import embedder_batches
 from protmae.models.v2 import TINY_V2
 from protmae.models.v5 import TINY_V5
 from protmae.training.pretrain import PretrainTrainer

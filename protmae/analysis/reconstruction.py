@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import N_PATCHES, ProtmaeError, seed_for
 from ..data.batches import ResidueBatches
 from ..data.patches import n_patches, patch_bounds
-from ..models.hub import build
+from ..models.hub import build, require_space_of
 from ..models.masking import random_mask
 from ..training.skill import interpolate
 
@@ -54,7 +54,7 @@ def read_protein(
     meta: dict,  # what `load_model` returned with it: arch, mean, std
     store,  # `EmbeddingStore`
     i,  # position or id of a protein
-) -> Protein:  # raises `ProtmaeError` where the checkpoint has no statistics
+) -> Protein:  # raises `ProtmaeError` where the checkpoint has no statistics, or the store is of another space
     "Read a protein from a store and standardise it."
     i = store.index(i) if isinstance(i, str) else i
     if meta["mean"] is None:
@@ -62,6 +62,7 @@ def read_protein(
             "this checkpoint carries no mean and std; "
             "pass them to load_model (store.mean_std of the proteins it was trained on)"
         )
+    require_space_of(meta, store)
     batch = ResidueBatches(store, meta["mean"], meta["std"]).__getitems__([i])
     x, lengths = batch["x"], batch["lengths"]
     if meta["arch"] == "v2":

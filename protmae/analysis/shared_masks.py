@@ -17,7 +17,7 @@ from .reconstruction import hide, read_protein, rebuild
 from .statistics import verdict
 from ..core import PATCH_SIZE, ProtmaeError, check_number, seed_for
 from ..data.batches import is_validation, split_by_protein
-from ..models.hub import load_model
+from ..models.hub import load_model, require_space_of
 from ..training.objectives import OBJECTIVES
 from ..training.pretrain import chosen_proteins, protein_set_digest
 from ..training.skill import interpolate
@@ -135,6 +135,8 @@ def compare_on_shared_masks(
     archs = tuple(about["arch"] for _, about in loaded)
     if archs != ("v2", "v5"):
         raise ProtmaeError(f"{v2} is {archs[0]} and {v5} is {archs[1]}; expected a V2 and a V5")
+    for _, about in loaded:
+        require_space_of(about, store)
     for ratio in ratios:
         check_number("mask ratio", ratio, 0, 1, open_low=True, open_high=True)
     errors = np.zeros((len(ratios), len(SYSTEMS), len(proteins)))

@@ -17,7 +17,7 @@ from ..data.patches import PatchCache, n_patches, patch_bounds
 from ..data.row_cache import RowCache
 from ..embed.run import token_batches
 from ..models.classifier import token_width
-from ..models.hub import load_model
+from ..models.hub import load_model, require_space_of
 from ..models.v2 import TransformerMAE
 from ..ppi.features import TokenCache, encoder_digest
 
@@ -56,11 +56,7 @@ def _load(checkpoint, store):
             f"{checkpoint} carries no mean and std to standardise its inputs with; "
             "load it with load_model(..., mean, std) and write it with save_model"
         )
-    if len(meta["mean"]) != store.dim:
-        raise ProtmaeError(
-            f"{checkpoint} reads embeddings of width {len(meta['mean'])}, and {store.path} has {store.dim}; "
-            "use the store it was trained on, or one of the same language model"
-        )
+    require_space_of(meta, store)
     return model, meta["mean"], meta["std"]
 
 

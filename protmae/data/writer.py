@@ -24,6 +24,7 @@ from .shards import shard_name, shard_ranges
 from .store import FORMAT_VERSION, EmbeddingStore, row_checksum, row_moments
 from ..utils.files import atomic
 from ..utils.provenance import provenance
+from ..utils.space import EmbeddingSpace
 
 # %% ../../nbs/lib/data/06_writer.ipynb #319fd4eb
 def _check_plan(ids, sequences, lengths, dim):
@@ -57,8 +58,13 @@ def _plan(tmp, ids, sequences, lengths, dim, attrs, arrays):
     )
     texts = dict(ids=np.array(ids, object).astype(text), sequences=np.array(sequences, object).astype(text))
     later = dict(fingerprint=padded_fingerprint(" " * 16), mean=np.zeros(dim, "f4"), std=np.ones(dim, "f4"))
-    attrs = attrs | dict(dim=dim, format_version=FORMAT_VERSION)
-    plan_file(tmp, spaces, dict(offsets=offsets) | texts | (arrays or {}), attrs, later)
+    arrays = arrays or {}
+    about = [
+        str(attrs.get(name, missing)) for name, missing in (("model", "?"), ("layer", "?"), ("model_identity", ""))
+    ]
+    space = EmbeddingSpace(*about[:2], dim, arrays.get("projection"), arrays.get("projection_mean"), about[2])
+    attrs = attrs | dict(dim=dim, format_version=FORMAT_VERSION, space=space.digest)
+    plan_file(tmp, spaces, dict(offsets=offsets) | texts | arrays, attrs, later)
 
 
 def create(
@@ -69,8 +75,8 @@ def create(
     model="?",  # name of the language model
     layer="last",  # which of its layers
     lengths=None,  # rows per protein; None: the sequences' lengths
-    arrays=None,  # name -> array, kept in the file (a projection, say)
-    **attrs,  # more attributes
+    arrays=None,  # name -> array, kept in the file
+    **attrs,  # more attributes; `EmbeddingSpace.for_store` gives those of a space, with dim, model, layer and arrays
 ) -> Path:
     "Plan a store: everything but the rows, its space reserved on the disk. Raises `ProtmaeError` on bad input."
     path = Path(path)
@@ -276,11 +282,12 @@ def split_store(
 ) -> EmbeddingStore:
     "Copy a store into shards."
     store = EmbeddingStore(store) if isinstance(store, str | os.PathLike) else store
-    attrs = {name: value for name, value in store.attrs.items() if name in ("note", "demo", "projected")}
+    attrs = {name: value for name, value in store.attrs.items() if name in ("note", "demo")}
+    attrs |= store.space.for_store()
     for k, (begin, end) in enumerate(shard_ranges(store.lengths, n)):
         ids, sequences, lengths = store.ids[begin:end], store.sequences[begin:end], store.lengths[begin:end]
         with atomic(shard_name(path, k, n)) as tmp:
-            create(tmp, ids, sequences, store.dim, store.model, store.layer, lengths, shard=[k, n], **attrs)
+            create(tmp, ids, sequences, lengths=lengths, shard=[k, n], **attrs)
             with StoreWriter(tmp) as writer:
                 writer.write((i, store[begin + i]) for i in range(end - begin))
     return EmbeddingStore(path)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import MAX_LEN, ProtmaeError, check_number
-from .base import choose_device, optional_module
+from .base import choose_device, optional_module, weights_digest
 
 # %% ../../nbs/lib/embed/01_language_models.ipynb #85efac90
 @dataclass(frozen=True)
@@ -189,6 +189,8 @@ class LanguageModel:
             model, tokenizer = load_pretrained(model_source(name))
         self.layer = keep_layers(model, layer)
         self.name = model_name(name)
+        self.source = "" if Path(name).is_dir() else model_source(name)
+        self.identity = weights_digest(model.parameters())
         self.dim = model.config.hidden_size
         self.max_tokens = 32768 if self.device.type == "cuda" else 4096
         self.alphabet = Alphabet.from_tokenizer(tokenizer, FAMILIES[model.config.model_type].as_unknown)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.mkldnn import to_mkldnn
 
 from ..core import ProtmaeError
-from .base import choose_device
+from .base import choose_device, weights_digest
 
 # %% ../../nbs/lib/embed/02_unirep.ipynb #dbce24eb
 ALPHABET = "-MRHKDESTNQCUGPAVIFYWLO"  # the model's own numbering
@@ -56,6 +56,8 @@ class UniRep:
         weights=None,  # path of model_weights.npz, or a dict of its arrays; None: the package's
         device=None,  # 'cpu' or 'cuda'; None: a GPU if there is one
     ):
+        self.source = "unirep" if weights is None else ""
+        self.source = "unirep" if weights is None else ""
         if not isinstance(weights, dict):
             with np.load(find_weights(weights), allow_pickle=False) as arrays:
                 weights = {name: arrays[name] for name in arrays.files}
@@ -72,6 +74,8 @@ class UniRep:
         self.gates_of_factor = self._linear(matrix["h"].float())  # m -> m W_h
         self.dim = len(matrix["mh"])
         self.name = f"unirep-{self.dim}"
+        self.identity = weights_digest(weights.values())
+        self.identity = weights_digest(weights.values())
 
     @staticmethod
     def _read(weights):

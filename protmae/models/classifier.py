@@ -152,7 +152,7 @@ protmae predict FOLDER --pairs pairs.tsv --fasta proteins.fasta
     def describe(self, about: dict) -> "PPIClassifier":
         "Keep what is known of the classifier; of that its encoder keeps the standardisation of its inputs."
         super().describe(about)
-        self.encoder.about = {name: self.about[name] for name in ("mean", "std") if name in self.about}
+        self.encoder.about = {name: self.about[name] for name in ("mean", "std", "space") if name in self.about}
         return self
 
     @classmethod

@@ -109,7 +109,7 @@ def encoder_checkpoint(
     store,  # `EmbeddingStore`
     runs,  # folder of all runs
 ) -> tuple:  # the checkpoint to use, and settings that go with it; raises `ProtmaeError`
-    "The encoder's checkpoint; on the demo store a small encoder is pretrained where none is given."
+    "The encoder's checkpoint; on a synthetic store a small encoder is pretrained where none is given."
     if arch not in NETWORKS:
         known = ", ".join([*NETWORKS, *BASELINES, "baselines"])
         raise ProtmaeError(f"arch is {arch!r}; expected one of {known}")
@@ -119,7 +119,7 @@ def encoder_checkpoint(
         return None, {}
     if checkpoint is not None:
         return checkpoint, {}
-    if store.path.name != "demo.h5":
+    if store.model != "synthetic":
         raise ProtmaeError(
             f"arch {arch!r} on {store.path} needs a checkpoint: pass the best.safetensors of a run of "
             "02_train_v2 (for v5.2) or 03_train_v5 (for v5)"
@@ -141,7 +141,8 @@ def untrained_checkpoint(
     if not fresh.exists():
         torch.manual_seed(seed)
         model = build(meta["arch"], **meta["sizes"])
-        save_model(fresh, model, meta["arch"], meta["sizes"], meta["mean"], meta["std"], untrained=True)
+        kept = {name: meta[name] for name in ("fingerprint", "language_model", "space") if name in meta}
+        save_model(fresh, model, meta["arch"], meta["sizes"], meta["mean"], meta["std"], untrained=True, **kept)
     return fresh
 
 # %% ../../nbs/lib/ppi/11_experiment.ipynb #e3b29461

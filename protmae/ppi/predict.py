@@ -13,7 +13,7 @@ import torch
 
 from ..core import ProtmaeError
 from ..models.classifier import IdentityEncoder, PPIClassifier
-from ..models.hub import build, check_sizes, load_model, read_tensors
+from ..models.hub import build, check_sizes, load_model, read_tensors, require_space_of
 from ..models.v5 import MAEEncoder
 from .config import config_for
 from .pair_lists import ListedPairs, ProteinSet
@@ -110,7 +110,7 @@ def _check_description(path, state, about):
         raise ProtmaeError(
             f"{path}: its description is not that of a PPI run ({type(e).__name__}: {e}); it is damaged"
         ) from None
-    return about | statistics | card | dict(config=config, checkpoint=checkpoint)
+    return about | statistics | card | dict(config=config, checkpoint=checkpoint, path=str(path))
 
 
 def _check_card(about):
@@ -145,18 +145,17 @@ def _load_encoder(path, checkpoint, about):
 # %% ../../nbs/lib/ppi/09_predict.ipynb #3b04ff2b
 def predict(
     path,  # best.safetensors of a PPI run, or a folder that `save_pretrained` wrote
-    store,  # `EmbeddingStore` of the same language model
+    store,  # `EmbeddingStore` of the same embedding space
     a: list,  # ids of the first protein of each pair
     b: list,  # ids of the second
     checkpoint=None,  # the encoder's file, if it has moved
     batch_size: int = 256,  # pairs
 ) -> np.ndarray:  # (n,) probability that each pair interacts, calibrated to the training pairs' class balance
-    "Score pairs with a trained classifier; raises `ProtmaeError` for unknown proteins or another width."
+    "Score pairs with a trained classifier; raises `ProtmaeError` for unknown proteins or another embedding space."
     if len(a) != len(b):
         raise ProtmaeError(f"{len(a)} first and {len(b)} second proteins; expected as many")
     net, about = load_classifier(path, checkpoint)
-    if store.dim != len(about["mean"]):
-        raise ProtmaeError(f"{path} was trained on {len(about['mean'])} dimensions, {store.path} has {store.dim}")
+    require_space_of(about, store)
     proteins = ProteinSet([store])
     first, second = proteins.positions(list(a), "a"), proteins.positions(list(b), "b")
     if not len(first):

@@ -22,7 +22,7 @@ from ..data.batches import EpochSampler
 from ..data.datasets import REGISTRY
 from ..data.store import EmbeddingStore
 from ..models.classifier import IdentityEncoder, PPIClassifier
-from ..models.hub import load_model, save_tensors
+from ..models.hub import load_model, require_space_of, save_tensors
 from .config import config_for
 from .datasets import PairBatches
 from .features import EncoderInputs, TokenCache, WhitenedFeatures
@@ -66,19 +66,15 @@ def load_encoder(
     checkpoint,  # .safetensors of a V2 or V5, or a V2 .pth trained elsewhere; None: `IdentityEncoder`
     store,  # `EmbeddingStore`: gives mean and std where a checkpoint has none
     train_proteins,  # positions whose residues these come from then
-) -> tuple:  # encoder, dict with arch, mean, std; raises `ProtmaeError` for another width
+) -> tuple:  # encoder, dict with arch, mean, std; raises `ProtmaeError` for a store of another embedding space
     "The encoder of a pretrained model; a decoder is dropped."
     if checkpoint:
         model, meta = load_model(checkpoint)
+        require_space_of(meta, store)
     else:
         model, meta = IdentityEncoder(store.dim), dict(arch="patches", mean=None)
     if meta["mean"] is None:
         meta["mean"], meta["std"] = store.mean_std(train_proteins)
-    if len(meta["mean"]) != store.dim:
-        raise ProtmaeError(
-            f"{checkpoint} was trained on {len(meta['mean'])} dimensions, {store.path} has {store.dim}; "
-            "use the store it was trained for"
-        )
     return (model.encoder if meta["arch"] == "v5" else model), meta
 
 # %% ../../nbs/lib/ppi/08_training.ipynb #4c2361cd
@@ -181,6 +177,7 @@ class PPITrainer(Trainer):
         self.about |= dict(
             network=checkpoint and dict(arch=self.meta["arch"], sizes=self.meta["sizes"]),
             data=data_card(pairs, self.store),
+            space=self.meta.get("space") or self.store.space,
             train_share_positive=float(pairs.label[split.train].mean()),
             train_proteins={self.store.ids[i]: sequence_digest(self.store.sequences[i]) for i in train_proteins},
         )

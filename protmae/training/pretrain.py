@@ -120,6 +120,7 @@ class PretrainTrainer(Trainer):
         return dict(
             store=str(self.store.path.resolve()),
             model=self.store.model,
+            space=self.store.space.digest,
             note=str(self.store.attrs.get("note", "")),
             train_proteins=len(self.train_idx),
             val_proteins=len(self.val_idx),
@@ -209,7 +210,7 @@ class PretrainTrainer(Trainer):
 
     def save_weights(self, path, weights, row):
         "Weights with all that is needed to use them."
-        facts = dict(fingerprint=self.store.fingerprint, language_model=self.store.model)
+        facts = dict(fingerprint=self.store.fingerprint, language_model=self.store.model, space=self.store.space)
         facts |= dict(config=asdict(self.config), epoch=row["epoch"], val_loss=row["val_loss"])
         save_model(path, weights, self.arch, self.sizes, self.mean, self.std, **facts)
 

@@ -75,7 +75,7 @@ class PretrainedModel(PyTorchModelHubMixin, model_card_template=CARD, library_na
 
     def describe(self, about: dict) -> "PretrainedModel":
         "Keep what is known of the model, and of the models it is made of, for when they are saved."
-        own = ("model_class", "sizes")  # each model has these itself
+        own = ("model_class", "sizes", "path")  # each model has these itself
         kept = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in about.items() if k not in own}
         for module in self.modules():
             if isinstance(module, PretrainedModel):
@@ -102,6 +102,8 @@ class PretrainedModel(PyTorchModelHubMixin, model_card_template=CARD, library_na
         "Tables of the card: heading -> {name: value}."
         count = sum(parameter.numel() for parameter in self.parameters())
         known = {name: value for name, value in self.about.items() if name != "config"}
+        if known.get("space") is not None:
+            known["space"] = str(known["space"])
         sections = {
             "Sizes": plain_facts(dict(parameters=f"{count:,}") | self.description()["sizes"]),
             "Training": plain_facts((self.about.get("config") or {}) | known),
