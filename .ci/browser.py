@@ -9,6 +9,7 @@ failed, 75 if there is no browser to test with. BROWSER_SHOTS=FOLDER keeps scree
 """
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -217,7 +218,10 @@ def explore_in_lab(browser, folder):
 
     with notebook(browser, folder, "01_explore_masking", ready) as page:
         count = check_drawn(page, "01_explore_masking")
-        assert count >= 5, f"{count} figures, expected 2 static ones for each of two models, and the one with sliders"
+        names = re.search(r"residues; models: (.+)", page.locator("#jp-main-dock-panel").inner_text())
+        models = len(names.group(1).split(", "))
+        expected = 2 * models + 1
+        assert count == expected, f"{count} figures; expected 2 for each of {models} models and a movable one"
         figure = page.locator(".jupyter-widgets .js-plotly-plot").last
         figure.scroll_into_view_if_needed()
 
