@@ -7,7 +7,6 @@ __all__ = ['record_id', 'IdIndex', 'read_ids', 'named']
 
 # %% ../../nbs/lib/data/14_ids.ipynb #9c9c7f5c
 import re
-from functools import cached_property
 
 import numpy as np
 
@@ -37,14 +36,17 @@ class IdIndex:
         self,
         ids,  # of the proteins, all different
     ):
-        self.by_name = {name: i for i, name in enumerate(ids)}
+        self.by_name, self.by_accession = {}, {}
+        for id in ids:
+            self.add(id)
 
-    @cached_property
-    def by_accession(self):
-        places = {}
-        for name, i in self.by_name.items():
-            places.setdefault(record_id(name, whole=True), i)
-        return places
+    def add(self, id: str):
+        "One protein more, behind the others."
+        place = len(self.by_name)
+        self.by_name[id] = place
+        accession = record_id(id, whole=True)
+        if accession != id:
+            self.by_accession.setdefault(accession, place)
 
     def find(self, text: str) -> int:
         "The position of a protein, -1 where it is not here; `sp|P12345|NAME` and P12345 are the same."

@@ -7,7 +7,6 @@ __all__ = ['SequenceFile', 'ProteinSet', 'Tile', 'ListedPairs', 'PairGrid', 'rea
 
 # %% ../../nbs/lib/ppi/13_pair_lists.ipynb #f1a7e9c1
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import ProtmaeError
-from ..data.fasta import clean_sequences, read_sequences, record_id
-from .pairs import HEADERS, table_rows
+from ..data.fasta import clean_sequences, read_sequences
+from ..data.ids import IdIndex
+from ..data.tables import Table, find_columns, parse_columns
+from ..data.text import text_lines
 
 # %% ../../nbs/lib/ppi/13_pair_lists.ipynb #b04414ff
 class SequenceFile:
@@ -25,10 +26,11 @@ class SequenceFile:
 
     def __init__(
         self,
-        path,  # FASTA or table of sequences, plain or .gz
+        path,  # FASTA or table of sequences, plain or packed
+        columns=None,  # as for `read_sequences`
     ):
         self.path = Path(path)
-        self.ids, self.sequences, _ = clean_sequences(read_sequences(path), source=str(path))
+        self.ids, self.sequences, _ = clean_sequences(read_sequences(path, columns), source=str(path))
         self.lengths = [len(sequence) for sequence in self.sequences]
 
 # %% ../../nbs/lib/ppi/13_pair_lists.ipynb #8c2e6784
@@ -40,13 +42,12 @@ class ProteinSet:
         sources: list,  # of `EmbeddingStore` and `SequenceFile`
     ):
         self.sources, self.ids, self.sequences = sources, [], []
-        self._by_name, self._by_accession, places, lengths = {}, {}, [], []
+        self._index, places, lengths = IdIndex([]), [], []
         for k, source in enumerate(sources):
             for i, (name, sequence) in enumerate(zip(source.ids, source.sequences, strict=True)):
                 known = self.find(name)
                 if known < 0 or places[known][0] == k:
-                    self._by_name[name] = len(self.ids)
-                    self._by_accession.setdefault(record_id(name), len(self.ids))
+                    self._index.add(name)
                     self.ids.append(name)
                     self.sequences.append(sequence)
                     places.append((k, i))
@@ -64,9 +65,7 @@ class ProteinSet:
 
     def find(self, name: str) -> int:
         "The position of a protein, -1 where it is not here; `sp|P12345|NAME` and P12345 are the same."
-        accession = record_id(name)
-        exact = self._by_name.get(name, self._by_name.get(accession))
-        return self._by_accession.get(accession, -1) if exact is None else exact
+        return self._index.find(name)
 
     def positions(self, names, what: str) -> np.ndarray:
         "Positions of proteins; `what` tells in the message where the names came from. Raises `ProtmaeError`."
@@ -181,38 +180,37 @@ class PairGrid:
                     yield Tile(a, b, keep)
 
 # %% ../../nbs/lib/ppi/13_pair_lists.ipynb #0e592eb9
-def _columns_of_header(cells):
-    "Which columns the first line announces as the two ids, or None where it is no header."
-    names = [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in cells]
-    found = [next((i for i, n in enumerate(names) if re.fullmatch(HEADERS[role], n)), None) for role in "ab"]
-    return None if None in found else found
+def _find_ids(cells, place, columns, proteins):
+    "Which columns a header announces as the two ids, or None: also where two proteins are called so."
+    found = find_columns(cells, ("a", "b"), columns, place)
+    if len(found) < 2 or all(proteins.find(cells[i]) >= 0 for i in found.values()):
+        return None
+    return found
 
 
 def read_pair_list(
-    path,  # CSV, TSV, |-separated or with spaces, plain or .gz; a header is optional, other columns are ignored
+    path,  # table of pairs, plain or packed; a header is optional, other columns are ignored
     proteins: ProteinSet,  # in which the pairs' proteins must be
+    columns=None,  # dict(a=, b=) with names of the table's header, where they are not recognised
 ) -> ListedPairs:  # in the file's order, repetitions included; raises `ProtmaeError` naming the line
     "The pairs of a table; no label is needed."
-    rows = list(table_rows(path))
-    if not rows:
-        raise ProtmaeError(f"{path} is empty; expected lines of two protein ids")
-    columns = _columns_of_header(rows[0][1])
-    if columns and all(proteins.find(rows[0][1][i]) >= 0 for i in columns):
-        columns = None  # two proteins that are called as a header might be
-    if columns:
-        rows = rows[1:]
-    first, second = columns or (0, 1)
-    ends = [], []
-    for number, cells in rows:
-        if len(cells) <= max(first, second) or not cells[first] or not cells[second]:
-            raise ProtmaeError(
-                f"{path} line {number}: found {' '.join(cells)[:80]!r}; "
-                "expected two protein ids, separated as in the first line"
-            )
-        for end, name in zip(ends, (cells[first], cells[second]), strict=True):
-            end.append(proteins.find(name))
-            if end[-1] < 0:
-                proteins.positions([name], f"{path} line {number}")  # says what to do
-    if not rows:
-        raise ProtmaeError(f"{path} holds a header and no pair; expected lines of two protein ids")
-    return ListedPairs(*(np.array(end, np.int64) for end in ends))
+    columns, expected = parse_columns(columns), "expected lines of two protein ids"
+    table = Table(path, text_lines(path, expected), lambda *line: _find_ids(*line, columns, proteins))
+    absent = [columns[role] for role in ("a", "b") if role in columns and not table.columns]
+    if absent:
+        raise ProtmaeError(f"{path}: no column is called {absent[0]!r}; found {table.first[1][:80]!r}")
+    table.columns = table.columns or dict(a=0, b=1)
+    table.say()
+    ends, known = {role: [] for role in table.columns}, {}
+    for number, cells in table.rows():
+        names = [cells[i] if i < len(cells) else "" for i in table.columns.values()]
+        if not all(names):
+            found = " ".join(cells)[:80]
+            raise ProtmaeError(f"{path} line {number}: found {found!r}; {expected}, separated as in the first line")
+        for end, name in zip(ends.values(), names, strict=True):
+            if name not in known:
+                known[name] = proteins.positions([name], f"{path} line {number}")[0]
+            end.append(known[name])
+    if not ends["a"]:
+        raise ProtmaeError(f"{path} holds a header and no pair; {expected}")
+    return ListedPairs(*(np.array(end, np.int64) for end in ends.values()))
