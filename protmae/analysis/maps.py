@@ -9,6 +9,7 @@ __all__ = ['project', 'read_annotations', 'annotations', 'is_number', 'labels', 
 # %% ../../nbs/lib/analysis/08_maps.ipynb #a34bf9f4
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 from ..core import ProtmaeError, check_number, seed_for
+from ..data.ids import IdIndex, record_id
+from ..data.tables import find_columns
 
 # %% ../../nbs/lib/analysis/08_maps.ipynb #66e41ce0
 def project(
@@ -49,16 +52,20 @@ def project(
 
 # %% ../../nbs/lib/analysis/08_maps.ipynb #1e6454ef
 def read_annotations(
-    path,  # table (.tsv, .csv) with a column `id`; one row per protein; other columns are labels or numbers
+    path,  # table (.tsv, .csv) with ids, one row per protein; its other columns are labels or numbers
 ) -> pd.DataFrame:  # raises `ProtmaeError` where it is no such table
     "A table of what is known of proteins."
     separator = "," if Path(path).suffix == ".csv" else "\t"
     try:
-        table = pd.read_csv(path, sep=separator, comment=None, dtype=dict(id=str))
+        names = list(pd.read_csv(path, sep=separator, nrows=0).columns)
+        columns = find_columns(names, ["id"], {}, str(path))
+        as_text = {names[i]: partial(record_id, whole=True) for i in columns.values()}
+        table = pd.read_csv(path, sep=separator, converters=as_text)
     except FileNotFoundError:
         raise ProtmaeError(f"there is no table at {path}; expected a .tsv with a column id") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
         raise ProtmaeError(f"{path} is not a table ({e}); expected columns separated by tabs, one of them id") from None
+    table = table.rename(columns=dict.fromkeys(as_text, "id"))
     if "id" not in table:
         raise ProtmaeError(f"{path} has columns {', '.join(map(str, table.columns[:8]))}; expected one called id")
     repeated = table.id[table.id.duplicated()]
@@ -77,6 +84,9 @@ def annotations(
     if path is None:
         return known
     table = read_annotations(path)
+    index = IdIndex(known.id)
+    places = [index.find(id) for id in table.id]
+    table["id"] = [known.id[i] if i >= 0 else id for i, id in zip(places, table.id, strict=True)]
     found = int(known.id.isin(table.id).sum())
     if not found:
         raise ProtmaeError(

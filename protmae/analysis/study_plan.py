@@ -19,6 +19,7 @@ import yaml
 from .study_splits import StudySplits, split_group
 from ..core import ProtmaeError
 from ..data.shards import shard_name
+from ..data.tables import parse_columns
 from ..ppi.publish import publish_classifier, publish_mae
 from ..ppi.splits import LEAKS
 from ..utils.files import write_json
@@ -29,13 +30,37 @@ from ..utils.provenance import provenance
 PRETRAINING = ("02_train_v2", "03_train_v5")
 PPI = "04_train_ppi"
 REPORT_KEYS = ("title", "reference", "questions", "ensembles", "compare")
-TOP_KEYS = ("store", "pairs", "out", "missing", "embed", "encoders", "systems", "stages", "publish", *REPORT_KEYS)
+TOP_KEYS = (
+    "store",
+    "pairs",
+    "columns",
+    "out",
+    "missing",
+    "embed",
+    "encoders",
+    "systems",
+    "stages",
+    "publish",
+    *REPORT_KEYS,
+)
 EMBED_KEYS = ("fasta", "model", "dim", "shards", "pca_split")
 PUBLISH_KEYS = ("system", "split", "seed", "folder")
 STAGE_KEYS = ("name", "systems", "splits", "seeds", "test")
 ENCODER_KEYS = ("notebook", "proteins", "more", "run")
 SYSTEM_KEYS = ("encoder", "run")
-GIVEN_BY_PLAN = ("store", "pairs", "runs", "checkpoint", "split", "split_file", "seed", "test", "missing", "only")
+GIVEN_BY_PLAN = (
+    "store",
+    "pairs",
+    "runs",
+    "checkpoint",
+    "split",
+    "split_file",
+    "seed",
+    "test",
+    "missing",
+    "columns",
+    "only",
+)
 
 
 def notebook_parameters(
@@ -201,7 +226,9 @@ class StudyPlan:
         if run > 1:
             given["head"] = given.get("head", {}) | dict(seed=other_seed(run, seed))
         test = bool(stage.get("test"))
-        common = {name: self.settings[name] for name in ("store", "pairs", "missing") if name in self.settings}
+        common = {
+            name: self.settings[name] for name in ("store", "pairs", "columns", "missing") if name in self.settings
+        }
         return Job(
             name=f"{'test' if test else 'validate'} {system} {kind} seed{seed}",
             folder=f"ppi/{folder_name(system)}-{kind}-seed{seed}",
@@ -256,6 +283,7 @@ def check_plan(
         check_names(kind, settings[kind])
     for name, encoder in settings["encoders"].items():
         _check_encoder(f"encoders.{name}", encoder, nbs)
+    parse_columns(settings.get("columns"))
     known = notebook_parameters(Path(nbs) / f"{PPI}.ipynb") - set(GIVEN_BY_PLAN)
     for name, system in settings["systems"].items():
         _check_system(f"systems.{name}", system, settings["encoders"], known)

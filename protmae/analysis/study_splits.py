@@ -36,7 +36,8 @@ class StudySplits:
     ):
         self.plan, self.folder = plan, plan.out / "splits"
         self.store = EmbeddingStore(plan.path(plan.settings["store"]))
-        self.pairs = read_pairs(plan.path(plan.settings["pairs"]), self.store, plan.settings.get("missing", "error"))
+        missing, columns = plan.settings.get("missing", "error"), plan.settings.get("columns")
+        self.pairs = read_pairs(plan.path(plan.settings["pairs"]), self.store, missing, columns=columns)
 
     def get(self, kind: str, seed: int):
         "A split, made if it is not there."
@@ -89,10 +90,11 @@ def write_training_ids(
     pairs,  # table of pairs
     kind: str,  # of the split
     seed: int,  # of the split
+    columns=None,  # which column is which in both, as for `read_pairs` and `read_sequences`
 ):  # raises `ProtmaeError`
     "The proteins of a split's training pairs, for PCA: known before anything is embedded."
-    ids, _, _ = clean_sequences(read_sequences(fasta))
-    labelled = read_pairs(pairs, SimpleNamespace(ids=ids))
+    ids, _, _ = clean_sequences(read_sequences(fasta, columns))
+    labelled = read_pairs(pairs, SimpleNamespace(ids=ids), columns=columns)
     split = make_split(labelled, kind, seed)
     seen = set(labelled.a[split.train]) | set(labelled.b[split.train])
     with atomic(out) as tmp:

@@ -11,6 +11,7 @@ import re
 import time
 import tomllib
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pandas as pd
 
 from ..core import ProtmaeError
 from .fasta import clean_sequences, read_sequences
+from .ids import record_id
 from .writer import writer_lock
 from ..utils.download import download, file_sha256
 from ..utils.files import atomic, make_folder, write_json
@@ -85,7 +87,7 @@ def _read_pairs(path, source):
     "The pairs of one raw file: id_a, id_b, label, split."
     table, first_line = _read_table(path, source)
     id_a, id_b, label, split = source.columns
-    pairs = pd.DataFrame(dict(id_a=table[id_a].str.strip(), id_b=table[id_b].str.strip()))
+    pairs = pd.DataFrame(dict(id_a=table[id_a], id_b=table[id_b])).map(partial(record_id, whole=True))
     if label is None:
         pairs["label"] = source.label
     else:
@@ -120,7 +122,7 @@ def _normalise(folder, sources):
     pairs = pd.concat(tables, ignore_index=True)
     files = [raw / source.name for source in sources if source.kind == "proteins"]
     records = [record for file in files for record in read_sequences(file)]
-    ids, sequences, _ = clean_sequences(records, max_len=10**9, source=str(raw))
+    ids, sequences, _ = clean_sequences(records, max_len=10**9, allow_nucleotides=True, source=str(raw))
     used = set(pairs.id_a) | set(pairs.id_b)
     proteins = _without_twins(ids, sequences, used)
     with atomic(folder / "proteins.fasta") as tmp:

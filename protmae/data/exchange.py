@@ -13,8 +13,8 @@ import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
 from .allocation import reserve
-from .fasta import record_id
 from .hdf5 import check_local, open_h5
+from .ids import record_id
 from .writer import StoreWriter, create, writer_lock
 from ..utils.files import atomic
 from ..utils.progress import Progress
@@ -40,17 +40,16 @@ def _names_in_files(id):
 
 
 def _written_id(source, name, dataset):
-    "What a file calls a protein, as the FASTA reader would read it."
+    "What a file calls a protein, as text: a header, or an id with spaces."
     text = dataset.attrs.get("original_id", name)
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else str(text)
         text.encode("utf-8")
     except UnicodeError:
         raise ProtmaeError(f"{source}: the original_id of {name!r} is not UTF-8 text; write it as such") from None
-    id = record_id(text)
-    if not id:
+    if not record_id(text):
         raise ProtmaeError(f"{source}: the original_id of {name!r} is empty; each protein needs an id")
-    return id
+    return text
 
 
 def _first_twice(names):
@@ -64,7 +63,8 @@ def _find_ids(source, datasets, sequences):
     for id in sequences:
         for name in _names_in_files(id):
             by_name.setdefault(name, []).append(id)
-    ids = [_written_id(source, name, dataset) for name, dataset in datasets.items()]
+    texts = [_written_id(source, name, dataset) for name, dataset in datasets.items()]
+    ids = [whole if (whole := record_id(text, whole=True)) in sequences else record_id(text) for text in texts]
     alone = {name: known[0] for name, known in by_name.items() if len(known) == 1}
     ids = [id if id in sequences else alone.get(id, id) for id in ids]
     if len(ids) > len(set(ids)):
@@ -121,11 +121,11 @@ def _check_dataset(source, dataset, name, width_of_first, sequence):
 _HALF = np.finfo(np.float16)
 
 
-def _check_scale(place, largest, limit):
-    "Refuse values that float16 would lose; zeros are no loss. NaN is left to the writer."
-    if 0 < largest < limit:
+def _check_dimension(source, i, largest):
+    "Refuse a dimension that float16 would lose; zeros are no loss. Single proteins are left to the writer."
+    if 0 < largest < float(_HALF.smallest_subnormal) / 2:
         raise ProtmaeError(
-            f"{place} has no value above {largest:.2g}, which float16 turns to zero or nearly so; "
+            f"{source}: dimension {i} has no value above {largest:.2g}, which float16 turns to zero or nearly so; "
             "multiply all embeddings by a constant first"
         )
 
@@ -143,13 +143,11 @@ def _write_store(path, source, ids, sequences, datasets, model):
             with StoreWriter(tmp) as writer, Progress(len(ids), "import", "proteins") as progress:
                 for i, dataset in enumerate(datasets):
                     rows = _read_rows(dataset)
-                    magnitude = np.abs(rows).max(0)
-                    _check_scale(f"{source}: {ids[i]!r}", magnitude.max(), _HALF.smallest_normal)
-                    largest = np.maximum(largest, magnitude)
+                    largest = np.maximum(largest, np.abs(rows).max(0))
                     writer.write([(i, rows)])
                     progress.update()
             for i, value in enumerate(largest):
-                _check_scale(f"{source}: dimension {i}", value, float(_HALF.smallest_subnormal) / 2)
+                _check_dimension(source, i, value)
 
 # %% ../../nbs/lib/data/07_exchange.ipynb #e4aac67b
 def import_h5(
@@ -159,7 +157,7 @@ def import_h5(
     model="imported",  # the language model's name
 ) -> tuple:  # path, number of proteins cut at 1502
     "Make a store of the field's common shape (D-SCRIPT, bio_embeddings). Raises `ProtmaeError` on any other."
-    sequences = {record_id(id): sequence for id, sequence in (sequences or {}).items()}
+    sequences = {record_id(id, whole=True): sequence for id, sequence in (sequences or {}).items()}
     with open_h5(source, "expected one dataset per protein; download it again") as f:
         datasets = dict(_find_datasets(f, f, set()))
         if not datasets:

@@ -45,7 +45,7 @@ def _sequence_columns(cells, columns, place):
 
 def _read_table(path, lines, columns):
     "Records of a table, from its numbered lines."
-    table = Table(path, lines, lambda cells, place: _sequence_columns(cells, columns, place))
+    table = Table(path, lines, lambda cells, place: _sequence_columns(cells, columns, place), EXPECTED)
     if not table.columns:
         number, line = table.first
         absent = [name for role, name in columns.items() if role in ("id", "sequence")]
@@ -182,7 +182,7 @@ def clean_sequences(
 ) -> tuple:  # ids, sequences, `Cleaning`
     """Sequences fit to embed, and an account of what was changed.
 
-    Raises `ProtmaeError` on stray characters, on nucleotides, on two sequences under one id, and where no protein remains.
+    Raises `ProtmaeError` on stray characters, nucleotides, two sequences under one id, and where no protein remains.
     """
     cleaning, seen, kept = Cleaning(records=len(records), max_len=max_len), {}, {}
     for record in records:

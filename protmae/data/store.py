@@ -13,6 +13,7 @@ import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
 from .hdf5 import Rows, damaged, decode_texts, open_h5, read_attributes, stored_dataset
+from .ids import record_id
 from .shards import Joined, shard_files
 from ..utils.progress import Progress
 from ..utils.space import EmbeddingSpace, checked_space, require_same_space
@@ -212,13 +213,23 @@ class EmbeddingStore:
 
     def index(self, id: str) -> int:
         "The position of a protein; `ProtmaeError` when it is not here."
-        try:
-            return self._index[id]
-        except KeyError:
-            raise ProtmaeError(
-                f"{id!r} is not in the store {self.path} ({len(self):,} proteins); "
-                "embed its sequence with `protmae embed`"
-            ) from None
+        for name in (id, record_id(id, whole=True), record_id(id)):
+            if name in self._index:
+                return self._index[name]
+        raise ProtmaeError(
+            f"{id!r} is not in the store {self.path} ({len(self):,} proteins); embed its sequence with `protmae embed`"
+        )
+
+    def position(self, protein) -> int:
+        "The position of a protein given by its id or, where no id is called so, by a position; says how it was read."
+        number = str(protein)
+        if number in self._index or not number.isdecimal() or int(number) >= len(self):
+            place = self.index(number)
+            if number.isdecimal():
+                print(f"{number} is the id of a protein, the one at position {place}")
+            return place
+        print(f"no protein has the id {number}; the one at position {number} is {self.ids[int(number)]!r}")
+        return int(number)
 
     def __getitem__(self, i) -> np.ndarray:
         "The residue embeddings (L, D) float16 of one protein, by position or id."

@@ -119,6 +119,7 @@ class Table:
         path,  # for messages
         lines,  # of `text_lines`
         find,  # cells of a header, place -> role -> position; None where they are none
+        expected,  # for messages
     ):
         self.path, self.lines, comment, first = path, iter(lines), (0, ""), None
         for number, line in self.lines:
@@ -128,7 +129,7 @@ class Table:
                 first = number, line
                 break
         if first is None:
-            raise ProtmaeError(f"{path} is empty; expected a table")
+            raise ProtmaeError(f"{path} is empty; {expected}")
         self.first, self.names, self.columns = first, None, None
         self.format = format_name(comment[1]) or format_name(first[1])
         self.separator = _separators(first[1])[0]

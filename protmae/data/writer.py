@@ -146,11 +146,17 @@ def put(
 
 # %% ../../nbs/lib/data/06_writer.ipynb #a99d915e
 def _to_half(rows, id):
-    "The rows as float16; refused where that cannot hold them."
+    "The rows as float16, and how many values became zero; refused where that cannot hold them."
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(rows, dtype="<f2")
     if np.isfinite(half).all():
-        return half
+        lost = np.count_nonzero(rows) - np.count_nonzero(half)
+        if lost and np.abs(half).max() < np.finfo(np.float16).smallest_normal:
+            raise ProtmaeError(
+                f"{id!r} has no value above {np.abs(rows).max():.2g}, which float16 turns to zero or nearly so; "
+                "multiply all embeddings by a constant first"
+            )
+        return half, lost
     if np.isfinite(rows).all():
         problem = f"values up to {np.abs(rows).max():.4g}, beyond what float16 holds (65,504)"
     else:
@@ -172,6 +178,7 @@ class StoreWriter:
             self.ids, self.sequences = decode_texts(f["ids"]), decode_texts(f["sequences"])
             self.dim = f["residues"].shape[1]
             self._begins = {name: f[name].id.get_offset() for name in ("done", "checksums", "moments", "residues")}
+        self.lost = {}  # id -> values that were not zero before float16
         self.fd = os.open(path, os.O_RDWR)
 
     def pending(self) -> list:
@@ -199,7 +206,8 @@ class StoreWriter:
             expected = (int(self.offsets[i + 1] - self.offsets[i]), self.dim)
             if rows.shape != expected:
                 raise ProtmaeError(f"{self.ids[i]!r} has embeddings of shape {rows.shape}; expected {expected}")
-            half = _to_half(rows, self.ids[i])
+            half, lost = _to_half(rows, self.ids[i])
+            self.lost |= {self.ids[i]: lost} if lost else {}
             self._put("residues", int(self.offsets[i]), 2 * self.dim, half)
             self._put("moments", i, 8 * self.dim, row_moments(half))
             self._put("checksums", i, 8, row_checksum(half).to_bytes(8, "little"))
@@ -216,6 +224,11 @@ class StoreWriter:
         os.fsync(self.fd)
         os.close(self.fd)
         self.fd = None
+        if self.lost:
+            values, first = sum(self.lost.values()), next(iter(self.lost))
+            print(
+                f"{values:,} values of {len(self.lost):,} proteins, {first!r} first, are too small for float16: now 0"
+            )
         if self.done.all():
             self._complete()
 

@@ -15,6 +15,7 @@ import numpy as np
 from ..core import ProtmaeError, check_number, seed_for
 from ..data.fasta import clean_sequences, read_sequences
 from ..data.hdf5 import open_h5
+from ..data.ids import IdIndex, read_ids
 from ..data.shards import shard_files, shard_name, shard_ranges
 from ..data.store import EmbeddingStore, decode_texts
 from ..data.writer import StoreWriter, create, extend, writer_lock
@@ -135,8 +136,6 @@ class EmbeddingJob:
         if self.pca_ids is not None:
             allowed = [s for i, s in zip(self.ids, self.sequences, strict=True) if i in self.pca_ids]
             fitted_on = "a sample of the listed (training) proteins"
-        if not allowed:
-            raise ProtmaeError("none of the ids that PCA may see is in the sequence file")
         fitted = fit_projection(self.embedder, allowed, self.dim, seed=self.seed)
         print(f"PCA {width} -> {self.dim} keeps {fitted.kept:.1%} of the variance; fitted on {fitted_on}")
         space = replace(self.own_space, dim=self.dim, matrix=fitted.matrix, mean=fitted.mean)
@@ -232,11 +231,11 @@ def _read_segments(path):
 
 # %% ../../nbs/lib/embed/03_run.ipynb #fedb67ab
 def embed_fasta(
-    fasta,  # FASTA or table of sequences (plain or .gz)
+    fasta,  # FASTA or table of sequences, plain or packed
     store,  # .h5 to write, to go on with, or to add to
     model=None,  # name for `get_embedder`, or an embedder; None: esmc_300m, or that of `like`
     dim=None,  # project to this width with PCA; None: the model's own
-    pca_ids=None,  # ids that PCA may see (training proteins); None: all
+    pca_ids=None,  # ids that PCA may see (training proteins), or a file of them; None: all
     device=None,  # 'cpu' or 'cuda'
     max_tokens=None,  # tokens per batch; None: the embedder's own
     seed=0,  # of the PCA sample
@@ -244,10 +243,13 @@ def embed_fasta(
     shard=None,  # only this one of them, from 0 (each of `shards` machines does its own)
     layer=None,  # of the language model, counted from 1; None: the last
     like=None,  # a store, a run or a classifier: embed into its space, so that it can be used with the new store
+    columns=None,  # dict(id=, sequence=) with names of a table's header, where they are not recognised
+    allow_nucleotides=False,  # embed what looks like DNA or RNA
 ) -> EmbeddingStore:  # raises `ProtmaeError` for bad input
     "Embed every protein of a sequence file, resuming where an earlier run stopped; prints what was done."
     start = time.perf_counter()
-    ids, sequences, cleaning = clean_sequences(read_sequences(fasta), source=str(fasta))
+    records = read_sequences(fasta, columns)
+    ids, sequences, cleaning = clean_sequences(records, allow_nucleotides=allow_nucleotides, source=str(fasta))
     if dim is not None:
         dim = check_number("dim", dim, 1, integer=True)
     if max_tokens is not None:
@@ -260,7 +262,7 @@ def embed_fasta(
     embedder = model
     if model is None or isinstance(model, str | Path):
         embedder = embedder_for(model, device, layer, space, like)
-    pca_ids = None if pca_ids is None else set(pca_ids)
+    pca_ids = _proteins_for_pca(pca_ids, ids, fasta)
     job = EmbeddingJob(embedder, ids, sequences, dim, pca_ids, max_tokens, seed, space)
     if space is not None:
         job.check_space(space, like)
@@ -274,6 +276,19 @@ def embed_fasta(
         f"fingerprint {done.fingerprint}; {time.perf_counter() - start:.0f} s in all"
     )
     return done
+
+
+def _proteins_for_pca(pca_ids, ids, fasta):
+    "The set of ids that PCA may see, or None for all; says which ones are unknown."
+    if pca_ids is None:
+        return None
+    listed = read_ids(pca_ids) if isinstance(pca_ids, str | Path) else list(pca_ids)
+    found, unknown = IdIndex(ids).find_all(listed)
+    if not len(found):
+        raise ProtmaeError(f"none of the {len(listed):,} ids that PCA may see is in {fasta}; expected ids as in it")
+    if unknown:
+        print(f"pca_ids: {len(unknown):,} of {len(listed):,} ids are not in {fasta}, {unknown[0]!r} first")
+    return {ids[i] for i in found}
 
 
 def _embed_file(store, job):

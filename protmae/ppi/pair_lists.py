@@ -42,12 +42,12 @@ class ProteinSet:
         sources: list,  # of `EmbeddingStore` and `SequenceFile`
     ):
         self.sources, self.ids, self.sequences = sources, [], []
-        self._index, places, lengths = IdIndex([]), [], []
+        self.index, places, lengths = IdIndex([]), [], []
         for k, source in enumerate(sources):
             for i, (name, sequence) in enumerate(zip(source.ids, source.sequences, strict=True)):
                 known = self.find(name)
                 if known < 0 or places[known][0] == k:
-                    self._index.add(name)
+                    self.index.add(name)
                     self.ids.append(name)
                     self.sequences.append(sequence)
                     places.append((k, i))
@@ -65,7 +65,7 @@ class ProteinSet:
 
     def find(self, name: str) -> int:
         "The position of a protein, -1 where it is not here; `sp|P12345|NAME` and P12345 are the same."
-        return self._index.find(name)
+        return self.index.find(name)
 
     def positions(self, names, what: str) -> np.ndarray:
         "Positions of proteins; `what` tells in the message where the names came from. Raises `ProtmaeError`."
@@ -195,7 +195,7 @@ def read_pair_list(
 ) -> ListedPairs:  # in the file's order, repetitions included; raises `ProtmaeError` naming the line
     "The pairs of a table; no label is needed."
     columns, expected = parse_columns(columns), "expected lines of two protein ids"
-    table = Table(path, text_lines(path, expected), lambda *line: _find_ids(*line, columns, proteins))
+    table = Table(path, text_lines(path, expected), lambda *line: _find_ids(*line, columns, proteins), expected)
     absent = [columns[role] for role in ("a", "b") if role in columns and not table.columns]
     if absent:
         raise ProtmaeError(f"{path}: no column is called {absent[0]!r}; found {table.first[1][:80]!r}")

@@ -84,10 +84,10 @@ class Pairs:
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 SPLITS = dict(train=("train", "training"), val=("val", "valid", "validation", "dev"))  # as tables call the parts
 ROLES = ("a", "b", "label", "split")
-EXPECTED = "expected a table of pairs (CSV or TSV, plain or packed)"
+EXPECTED = "expected a table of pairs: lines of id, id, label"
 
 
-def _pair_columns(cells, columns, place):
+def _pair_columns(cells, place, columns):
     "Which columns a header announces, or None where it does not name two ids and a label."
     found = find_columns(cells, ROLES, columns, place)
     return found if found.keys() >= {"a", "b", "label"} else None
@@ -113,7 +113,7 @@ def _columns_without_header(table, columns):
 def _read_table(path, columns):
     "The table as text columns a, b, label and perhaps split; its index is the line number."
     columns = parse_columns(columns)
-    table = Table(path, text_lines(path, EXPECTED), lambda cells, place: _pair_columns(cells, columns, place))
+    table = Table(path, text_lines(path, EXPECTED), lambda *line: _pair_columns(*line, columns), EXPECTED)
     table.columns = table.columns or _columns_without_header(table, columns)
     table.say()
     numbers, rows = [], []

@@ -16,8 +16,10 @@ import pandas as pd
 import torch
 
 from ..core import ProtmaeError, check_number
+from ..data.ids import read_ids
 from ..data.patches import patch_bounds
 from ..data.store import EmbeddingStore
+from ..data.tables import parse_columns
 from ..embed.run import embed_fasta
 from ..models.hub import require_space_of
 from .pair_lists import PairGrid, ProteinSet, SequenceFile, read_pair_list
@@ -48,6 +50,7 @@ class PredictionRequest:
     against: str = None  # FASTA or store
     fasta: tuple = ()  # one or two sequence files; two and nothing else: each protein of one with each of the other
     store: str = None  # embeddings that there are
+    columns: dict = None  # which column is which in the tables of pairs (a, b) and of sequences (id, sequence)
 
     def __post_init__(self):
         asked = [name for name in ("pairs", "all", "query") if getattr(self, name)]
@@ -61,6 +64,7 @@ class PredictionRequest:
             raise ProtmaeError(f"--fasta names {len(self.fasta)} files; expected one or two")
         if not (self.fasta or self.store or self.against):
             raise ProtmaeError("where are the proteins? Give --store, --fasta, or both")
+        parse_columns(self.columns)
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #505f241b
 def embed_missing(
@@ -98,7 +102,7 @@ class PredictionInputs:
         out,  # of the predictions: embeddings that are missing are put beside it
     ):
         paths = filter(None, (request.store, *request.fasta, request.against))
-        sources = {path: _open(path, path == request.store) for path in dict.fromkeys(paths)}
+        sources = {path: _open(path, path == request.store, request.columns) for path in dict.fromkeys(paths)}
         self.stores = [source for source in sources.values() if isinstance(source, EmbeddingStore)]
         for store in self.stores:
             require_space_of(about, store)
@@ -113,7 +117,7 @@ class PredictionInputs:
         "The pairs, where `positions` says for each path which proteins are in it."
         proteins = self.proteins
         if request.pairs:
-            return read_pair_list(request.pairs, proteins)
+            return read_pair_list(request.pairs, proteins, request.columns)
         fasta = [positions[path] for path in request.fasta]
         whole = np.concatenate(fasta or [positions[request.against or request.store]])
         if request.all:
@@ -122,7 +126,9 @@ class PredictionInputs:
             return PairGrid(*fasta, proteins.lengths)
         if request.against:
             whole = positions[request.against]
-        return PairGrid(proteins.positions(_query_ids(request.query), "--query"), whole, proteins.lengths)
+        asked, unknown = proteins.index.find_all(_query_ids(request.query))
+        proteins.positions(unknown, "--query")  # refuses them
+        return PairGrid(asked, whole, proteins.lengths)
 
     def _embed_missing(self, model, about, out):
         "Embed the proteins of these pairs that are in a sequence file only."
@@ -137,18 +143,13 @@ class PredictionInputs:
         self.stores.append(store)
 
 
-def _open(path, is_store):
+def _open(path, is_store, columns):
     is_store = is_store or Path(path).suffix == ".h5" or h5py.is_hdf5(path)
-    return EmbeddingStore(path) if is_store else SequenceFile(path)
+    return EmbeddingStore(path) if is_store else SequenceFile(path, columns)
 
 
 def _query_ids(query):
-    if len(query) == 1 and Path(query[0]).is_file():
-        try:
-            return Path(query[0]).read_text(encoding="utf-8").split()
-        except UnicodeDecodeError as e:
-            raise ProtmaeError(f"--query {query[0]} is no UTF-8 text ({e}); expected ids, or a file of ids") from None
-    return list(query)
+    return read_ids(query[0]) if len(query) == 1 and Path(query[0]).is_file() else list(query)
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #ffaa1258
 HEAD = 20  # rows that are shown

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import ProtmaeError, check_number, seed_for
 from .homology import cluster_proteins, find_mmseqs, sequences_of
-from .pairs import Pairs
+from .pairs import SPLITS, Pairs
 from ..utils.files import atomic
 
 # %% ../../nbs/lib/ppi/01_splits.ipynb #ba3a18fc
@@ -182,8 +182,15 @@ def published_split(
         )
     column = np.char.lower(pairs.split.astype(str))
     values = np.unique(column).tolist()
-    train = np.flatnonzero(np.isin(column, ["train", "training"]))
-    val_idx = np.flatnonzero(np.isin(column, ["val", "valid", "validation", "dev"]))
+    train, val_idx = (np.flatnonzero(np.isin(column, SPLITS[part])) for part in ("train", "val"))
+    known = {*sum(SPLITS.values(), ()), test and test.lower()}
+    unknown = [value for value in values if value not in known and not value.startswith("test")]
+    if unknown and len(train):
+        counts = ", ".join(f"{value!r} ({np.sum(column == value):,} pairs)" for value in unknown)
+        raise ProtmaeError(
+            f"the split column of {pairs.source or 'the table'} holds {counts}; expected train, val or test; "
+            "rename them in the table, or remove these pairs"
+        )
     tests = [value for value in values if value.startswith("test")] if test is None else [test.lower()]
     if len(tests) != 1 or tests[0] not in values or not len(train):
         raise ProtmaeError(

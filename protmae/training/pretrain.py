@@ -18,6 +18,7 @@ import torch
 
 from ..core import ProtmaeError, seed_for
 from ..data.batches import EpochSampler, on_device, split_by_protein
+from ..data.ids import IdIndex, read_ids
 from ..data.store import EmbeddingStore
 from ..models.hub import build, save_model
 from .config import hashable_config, make_config
@@ -33,18 +34,15 @@ def chosen_proteins(
     "The proteins that a run may use."
     if only is None:
         return None
-    if isinstance(only, str | Path):
-        if not Path(only).is_file():
-            raise ProtmaeError(f"there is no file {only}; expected a text file with a protein id per line")
-        only = Path(only).read_text().split()
-    positions = {name: i for i, name in enumerate(store.ids)}
-    missing = [name for name in only if name not in positions]
-    if missing:
+    only = read_ids(only) if isinstance(only, str | Path) else list(only)
+    chosen, unknown = IdIndex(store.ids).find_all(only)
+    if unknown or not len(chosen):
+        first = f", {unknown[0]!r} first" if unknown else ""
         raise ProtmaeError(
-            f"{len(missing):,} of {len(only):,} chosen proteins are not in {store.path}, {missing[0]!r} first; "
-            "expected ids of the store"
+            f"only: {len(unknown):,} of {len(only):,} chosen proteins are not in {store.path}{first}; "
+            "expected ids of the store, one a line"
         )
-    return np.unique([positions[name] for name in only])
+    return chosen
 
 # %% ../../nbs/lib/training/07_pretrain.ipynb #a1b47eef
 def protein_set_digest(

@@ -38,10 +38,10 @@ class Explorer:
             raise ProtmaeError("no model to explore; pass {'V5': load_model(checkpoint)}")
         self.models, self.store, self.dims = models, store, dims
         self.kept, self.fresh, self.task = {}, {}, None
-        if isinstance(protein, str):
-            protein = store.index(protein)
         if protein is None:
             protein = int(np.argsort(store.lengths)[len(store) // 2])
+        elif isinstance(protein, str):
+            protein = store.position(protein)
         self._make_controls(store.ids[protein], seed)
         if not self._open():
             raise ProtmaeError(self.message.value)
