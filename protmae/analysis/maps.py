@@ -9,7 +9,6 @@ __all__ = ['project', 'read_annotations', 'annotations', 'is_number', 'labels', 
 # %% ../../nbs/lib/analysis/08_maps.ipynb #a34bf9f4
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +58,15 @@ def read_annotations(
     try:
         names = list(pd.read_csv(path, sep=separator, nrows=0).columns)
         columns = find_columns(names, ["id"], {}, str(path))
-        as_text = {names[i]: partial(record_id, whole=True) for i in columns.values()}
-        table = pd.read_csv(path, sep=separator, converters=as_text)
+        table = pd.read_csv(path, sep=separator)
+        if columns:  # ids stay text: NA and 007 are some
+            id_column = names[columns["id"]]
+            text = pd.read_csv(path, sep=separator, usecols=[id_column], dtype=str, keep_default_na=False)[id_column]
+            table = table.drop(columns=id_column).assign(id=[record_id(cell, whole=True) for cell in text])
     except FileNotFoundError:
         raise ProtmaeError(f"there is no table at {path}; expected a .tsv with a column id") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
         raise ProtmaeError(f"{path} is not a table ({e}); expected columns separated by tabs, one of them id") from None
-    table = table.rename(columns=dict.fromkeys(as_text, "id"))
     if "id" not in table:
         raise ProtmaeError(f"{path} has columns {', '.join(map(str, table.columns[:8]))}; expected one called id")
     repeated = table.id[table.id.duplicated()]
