@@ -27,7 +27,7 @@ class Record(NamedTuple):
 
 # %% ../../nbs/lib/data/00_fasta.ipynb #a37474d6
 MAX_RECORD = 1_000_000  # letters; the longest protein has 45,000 residues
-EXPECTED = "expected FASTA, or a table with an id and a sequence column"
+EXPECTED = "expected FASTA records, or a table with an id and a sequence column"
 _PIR = re.compile(r"(P1|F1|D[LC]|R[LC]|N[0-9]|XX);\S")
 
 

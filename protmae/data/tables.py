@@ -65,7 +65,7 @@ def _pair_of_columns(cells, place):
     taken = list((exact or pairs).values())
     return {role: _the_one(role, [i for pair in taken for i in pair[k]], cells, place) for k, role in enumerate("ab")}
 
-# %% ../../nbs/lib/data/15_tables.ipynb #774485d9
+# %% ../../nbs/lib/data/15_tables.ipynb #782099c3
 def parse_columns(
     columns,  # dict of role -> name, text such as 'id=Entry,sequence=Sequence', or None
 ) -> dict:  # raises `ProtmaeError`
@@ -83,7 +83,7 @@ def parse_columns(
         raise ProtmaeError(f"columns is {columns!r}; expected roles ({', '.join(ROLES)}) and names, as in id=Entry")
     return columns
 
-
+# %% ../../nbs/lib/data/15_tables.ipynb #b519152a
 def find_columns(
     cells: list,  # of a table's first line
     roles,  # which are looked for
