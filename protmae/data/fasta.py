@@ -46,12 +46,11 @@ def _sequence_columns(cells, columns, place):
 def _read_table(path, lines, columns):
     "Records of a table, from its numbered lines."
     table = Table(path, lines, lambda cells, place: _sequence_columns(cells, columns, place), EXPECTED)
+    table.require(("id", "sequence"), columns)
     if not table.columns:
         number, line = table.first
-        absent = [name for role, name in columns.items() if role in ("id", "sequence")]
         found = f"this looks like {table.format}" if table.format else f"found {line[:60]!r}"
-        sought = f"; columns names {', '.join(map(repr, absent))}" if absent else ""
-        raise ProtmaeError(f"{path} line {number}: {found}; {EXPECTED}{sought}")
+        raise ProtmaeError(f"{path} line {number}: {found}; {EXPECTED}")
     table.say()
     first, second = table.columns["id"], table.columns["sequence"]
     rows = table.rows(len(table.names), comments=False)

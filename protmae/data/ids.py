@@ -44,7 +44,7 @@ class IdIndex:
         "One protein more, behind the others."
         place = len(self.by_name)
         self.by_name[id] = place
-        accession = record_id(id, whole=True)
+        accession = record_id(id, whole=True).partition("|Chain")[0]  # 1A02_1|Chain is how PDB headers begin
         if accession != id:
             self.by_accession.setdefault(accession, place)
 

@@ -96,6 +96,8 @@ def find_columns(
         role: _the_one(role, [i for i, cell in enumerate(cells) if cell == name], cells, place)
         for role, name in chosen.items()
     }
+    if None in found.values():
+        return {}  # a name that is not there
     if {"a", "b"} <= set(roles) - chosen.keys():
         found |= _pair_of_columns(cells, place)
     found |= {role: _column(role, cells, place) for role in roles if role not in chosen and role not in "ab"}
@@ -142,6 +144,8 @@ class Table:
     def _read_header(self, number, line, find, row=None):
         "Whether a line is a header; one behind '#' has as many cells as the first row."
         for separator in _separators(line):
+            if separator == " " and self.format:
+                continue  # a sentence
             cells = self.split(number, line, separator)
             if row is not None and len(cells) != len(self.split(number, row, separator)):
                 continue
@@ -176,6 +180,13 @@ class Table:
                 )
             if any(cells):
                 yield number, cells
+
+    def require(self, roles, columns):
+        "Without a header, raise for a name of `columns` that the first line lacks."
+        cells, place = self.split(*self.first), f"{self.path} line {self.first[0]}"
+        absent = [name for role, name in columns.items() if role in roles and name not in cells]
+        if absent and not self.columns:
+            raise ProtmaeError(f"{place}: no column is called {absent[0]!r}; found {', '.join(cells)}")
 
     def say(self):
         "Print which columns were taken."

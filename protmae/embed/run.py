@@ -250,6 +250,7 @@ def embed_fasta(
     start = time.perf_counter()
     records = read_sequences(fasta, columns)
     ids, sequences, cleaning = clean_sequences(records, allow_nucleotides=allow_nucleotides, source=str(fasta))
+    pca_ids = _proteins_for_pca(pca_ids, ids, fasta)
     if dim is not None:
         dim = check_number("dim", dim, 1, integer=True)
     if max_tokens is not None:
@@ -262,7 +263,6 @@ def embed_fasta(
     embedder = model
     if model is None or isinstance(model, str | Path):
         embedder = embedder_for(model, device, layer, space, like)
-    pca_ids = _proteins_for_pca(pca_ids, ids, fasta)
     job = EmbeddingJob(embedder, ids, sequences, dim, pca_ids, max_tokens, seed, space)
     if space is not None:
         job.check_space(space, like)

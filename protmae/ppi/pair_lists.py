@@ -196,9 +196,7 @@ def read_pair_list(
     "The pairs of a table; no label is needed."
     columns, expected = parse_columns(columns), "expected lines of two protein ids"
     table = Table(path, text_lines(path, expected), lambda *line: _find_ids(*line, columns, proteins), expected)
-    absent = [columns[role] for role in ("a", "b") if role in columns and not table.columns]
-    if absent:
-        raise ProtmaeError(f"{path}: no column is called {absent[0]!r}; found {table.first[1][:80]!r}")
+    table.require("ab", columns)
     table.columns = table.columns or dict(a=0, b=1)
     table.say()
     ends, known = {role: [] for role in table.columns}, {}

@@ -97,9 +97,7 @@ def _columns_without_header(table, columns):
     "Id, id, label and perhaps split, where the third cell is a label; `ProtmaeError` for anything else."
     number, line = table.first
     cells, place = table.split(number, line), f"{table.path} line {number}"
-    absent = [name for role, name in columns.items() if role in ROLES and name not in cells]
-    if absent:
-        raise ProtmaeError(f"{place}: no column is called {absent[0]!r}; found {', '.join(cells)}")
+    table.require(ROLES, columns)
     if len(cells) < 3 or cells[2].lower() not in LABELS:
         found = f"this looks like {table.format}" if table.format else f"found {' | '.join(cells)[:120]!r}"
         raise ProtmaeError(
