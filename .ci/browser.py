@@ -218,7 +218,8 @@ def explore_in_lab(browser, folder):
 
     with notebook(browser, folder, "01_explore_masking", ready) as page:
         count = check_drawn(page, "01_explore_masking")
-        names = re.search(r"residues; models: (.+)", page.locator("#jp-main-dock-panel").inner_text())
+        printed = "\n".join(page.locator(".jp-OutputArea-output").all_inner_texts())
+        names = re.search(r"residues; models: (.+)", printed)
         models = len(names.group(1).split(", "))
         expected = 2 * models + 1
         assert count == expected, f"{count} figures; expected 2 for each of {models} models and a movable one"
