@@ -47,6 +47,7 @@ UNPACKED, RATIO = 2**28, 100  # a file may unpack to so many characters, or to s
 BINARY = {
     b"PK\x03\x04": "a zip file (an Excel workbook is one too); unpack it, or save the sheet as CSV",
     b"\xd0\xcf\x11\xe0": "an old Excel or Word file; save it as CSV or text",
+    b"protmae": "a store of embeddings",
     b"\x89HDF": "HDF5; `protmae import` reads other tools' embeddings",
     b"%PDF": "PDF",
 }
