@@ -1,7 +1,7 @@
 """What one GPU makes of V5, V2, embedding and PPI heads: honest steps first, then times, then a rehearsal of the study.
 
     python nbs/bench/gpu.py [--carry .carry] [--out reports/gpu/bench.json] [--seconds 420]
-    python nbs/bench/gpu.py --tiny --out /tmp/bench.json     # to see that it runs, on any machine
+    python nbs/bench/gpu.py --tiny                           # to see that it runs, on any machine
 
 protmae must be importable: `pip install -e .`, or PYTHONPATH=. where nothing may be installed.
 
@@ -482,7 +482,7 @@ def plan(bench) -> list:  # of (name, function of the bench, seconds it needs)
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="reports/gpu/bench.json")
+    parser.add_argument("--out", help="default: reports/gpu/bench.json, and for --tiny a temporary folder")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--proteins", type=int, default=4000)
     parser.add_argument("--v2-proteins", type=int, default=600)
@@ -496,6 +496,8 @@ def parse():
     options = parser.parse_args()
     if options.tiny:
         options.proteins, options.v2_proteins = 200, 60
+    folder = tempfile.mkdtemp() if options.tiny else "reports/gpu"
+    options.out = options.out or f"{folder}/bench.json"
     return options
 
 
