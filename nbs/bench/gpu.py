@@ -21,6 +21,7 @@ import traceback
 import warnings
 from contextlib import suppress
 from functools import partial
+from importlib import util
 from pathlib import Path
 
 import gpu_study
@@ -28,12 +29,14 @@ import numpy as np
 import torch
 from loop_heads import HeadLoop
 from loops import Data, PretrainLoop
-from memory import TINY_SIZES, lengths_of, real_store, sparse_store
+from memory import TINY_SIZES, lengths_of, names, real_store, sparse_store
 from peers import TINY_PEER_V2, TINY_PEER_V5, PlainV2, PlainV5, adamw, update, vitmae, vitmae_loss
 
 from protmae.analysis.flops import training_flops
 from protmae.core import MAX_LEN, N_PATCHES, PATCH_SIZE, seed_for
 from protmae.data.store import EmbeddingStore
+from protmae.embed.language_models import LanguageModel
+from protmae.embed.run import embedder_batches
 from protmae.models.classifier import IdentityEncoder
 from protmae.models.hub import build
 from protmae.models.v5 import MAEEncoder
@@ -421,6 +424,33 @@ def measure_prediction(bench) -> dict:
     )
 
 
+def random_esmc(tiny) -> LanguageModel:
+    "ESM-C at the size of its 300 M model, with random weights."
+    import transformers
+
+    width, layers = (64, 2) if tiny else (960, 30)
+    sizes = dict(hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers)
+    heads = dict(num_attention_heads=width // 64, num_key_value_heads=width // 64)
+    model = transformers.EsmcModel(transformers.EsmcConfig(**sizes, **heads))
+    return LanguageModel("random/esmc_300m", model=model, tokenizer=transformers.EsmcTokenizer())
+
+
+def measure_language_model(bench) -> dict:
+    "Residues a second through ESM-C, from sequences to arrays on the host, and what the products of matrices allow."
+    n = 8 if bench.tiny else 1000
+    embedder = random_esmc(bench.tiny)
+    _, sequences = names(n, lengths_of(n, bench.rng), bench.rng)
+    batches = [[sequences[i] for i in batch] for batch in embedder_batches(embedder, sequences)]
+
+    def embed():
+        for batch in batches:
+            embedder.embed(batch)
+
+    rate = sum(map(len, sequences)) / seconds_of_each(embed, 1, 1)
+    flops = 2 * sum(weight.numel() for weight in embedder.model.layers.parameters() if weight.ndim == 2)
+    return dict(proteins=n, residues_per_s=rate) | bench.mfu(rate * flops)
+
+
 def measure_rehearsal(bench) -> dict:
     "The study with two epochs of everything, on one seed."
     options = bench.options
@@ -469,6 +499,8 @@ def plan(bench) -> list:  # of (name, function of the bench, seconds it needs)
     parts += [("v5 library 16", partial(measure_v5_library, batch=16), 5)]
     parts += [("ppi training", measure_head, 5), ("v2 graph", measure_v2_graph, 5)]
     parts += [("predicting", measure_prediction, 5)]
+    if util.find_spec("transformers") and util.find_spec("transformers.models.esmc"):  # new versions have it
+        parts += [("embedding, ESM-C 300M with random weights", measure_language_model, 20)]
     parts += [(f"v5 library {batch}", partial(measure_v5_library, batch=batch), 5) for batch in later]
     parts += [("v2 library", measure_v2_library, 5), ("v5 streams 2", partial(measure_v5_streams, models=2), 5)]
     if bench.is_gpu:
