@@ -20,6 +20,7 @@ from pathlib import Path
 from fastcore.docments import docments
 
 from .core import ProtmaeError
+from .utils.interrupt import handle_stops
 
 # %% ../nbs/lib/99_cli.ipynb #077e5076
 def embed(
@@ -242,11 +243,7 @@ def predict(
     from protmae.ppi.prediction_run import PredictionRequest, predict_pairs
 
     request = PredictionRequest(pairs, all, tuple(query or ()), against, tuple(fasta or ()), store, columns=columns)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is like Ctrl-C
-    try:
-        head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint)
     if head is not None and len(head):
         print(head.to_string(index=False, max_rows=10, float_format="{:.4g}".format))
     print("\n".join([*remarks, f"written to {out}"]))
@@ -357,7 +354,8 @@ def main(
         return 2
     arguments = command_parser(argv[0]).parse_args(argv[1:])
     try:
-        COMMANDS[argv[0]](**vars(arguments))
+        with handle_stops(signal.default_int_handler):
+            COMMANDS[argv[0]](**vars(arguments))
         sys.stdout.flush()
     except ProtmaeError as e:
         print(f"protmae: {e}", file=sys.stderr)

@@ -10,6 +10,7 @@ import json
 import re
 import time
 import tomllib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -190,6 +191,18 @@ def _fetch_file(source, path, recorded, checksums_path):
     return dict(sha256=digest, url=source.url, known=known, time=time.strftime("%Y-%m-%d"))
 
 
+@contextmanager
+def _forgotten_if_odd(raw, names):
+    "Delete new files that turn out to be no data: an error page must not become what later downloads must equal."
+    try:
+        yield
+    except ProtmaeError as e:
+        for name in names:
+            (raw / name).unlink(missing_ok=True)
+        kept = f"; deleted, to be fetched again: {', '.join(names)}" if names else ""
+        raise ProtmaeError(f"{e}{kept}") from None
+
+
 def fetch(
     name: str,  # a name in the registry
     data_dir="data",  # the set goes into a folder of its own name here
@@ -205,22 +218,23 @@ def fetch(
     _check_name(name, "name of a data set")
     for source in dataset.sources:
         _check_name(source.name, "file name")
-    folder = Path(data_dir) / name
+    folder, new = Path(data_dir) / name, []
     raw, checksums_path = folder / "raw", folder / "checksums.json"
     make_folder(raw)
+    by_hand = {file.name for file in raw.iterdir()}
     with writer_lock(folder / "fetch"):
         checksums = _read_checksums(checksums_path)
         for source in dataset.sources:
             is_new = source.name not in checksums and source.sha256 is None
+            new += [source.name] * is_new
             entry = _fetch_file(source, raw / source.name, checksums.get(source.name, {}), checksums_path)
             checksums[source.name] = entry
-            write_json(checksums_path, checksums)
-            if is_new:
-                print(
-                    f"{source.name}: no SHA-256 was known beforehand; {entry['sha256'][:16]}... "
-                    f"is recorded in {checksums_path}"
-                )
-        _normalise(folder, dataset.sources)
+        with _forgotten_if_odd(raw, [name for name in new if name not in by_hand]):
+            _normalise(folder, dataset.sources)
+        write_json(checksums_path, checksums)
+        for name in new:
+            digest = checksums[name]["sha256"][:16]
+            print(f"{name}: no SHA-256 was known beforehand; {digest}... is recorded in {checksums_path}")
     print(f"licence {dataset.licence}; cite {dataset.citation} ({dataset.home})")
     if dataset.note:
         print(dataset.note)

@@ -113,11 +113,11 @@ def _lock(fd, lock, path, wait):
 
 @contextmanager
 def writer_lock(
-    path,  # of the file to be written; the lock is `<path>.lock`
+    path,  # of the file to be written; the lock is `<path>.lock`, beside the file itself where this is a link
     wait=False,  # wait for another writer; False: refuse with a `ProtmaeError`
 ):
     "Hold the right to write a file."
-    lock = Path(f"{path}.lock")
+    lock = Path(f"{os.path.realpath(path)}.lock")
     fd = _open_lock(lock)
     try:
         while not _lock(fd, lock, path, wait):
@@ -271,14 +271,13 @@ def extend(
     "Plan more proteins behind those of a store: the longer file is made beside it, old rows copied, then renamed."
     path = Path(path)
     EmbeddingStore(path).close()  # all its checks
-    planned = {"residues", "offsets", "ids", "sequences", "done", "checksums", "moments"}
     recomputed = ("dim", "format_version", "fingerprint", "mean", "std")
     with open_h5(path) as f:
         ids = decode_texts(f["ids"]) + list(ids)
         sequences = decode_texts(f["sequences"]) + list(sequences)
         lengths = np.diff(f["offsets"][:]).tolist()
         dim = f["residues"].shape[1]
-        arrays = {name: check_local(f, name)[:] for name in f if name not in planned}
+        arrays = {name: check_local(f, name)[:] for name in ("projection", "projection_mean") if name in f}
         attrs = {name: value for name, value in f.attrs.items() if name not in recomputed} | new
     lengths += [len(sequence) for sequence in sequences[len(lengths) :]]
     _check_plan(ids, sequences, lengths, dim)

@@ -60,6 +60,16 @@ def _continues(answer, start):
     return True
 
 
+def _length(answer, start):
+    "Bytes of the whole file, where the server says it."
+    length = answer.headers.get("Content-Length")
+    if length is None:
+        return None
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise OSError(f"the server says that the length is {length[:40]!r}, which is no number")
+    return start + int(length)
+
+
 def _validator(answer):
     "What tells this version of the file from another one."
     etag = answer.headers.get("ETag") or ""
@@ -73,8 +83,7 @@ def _receive(url, part):
     with _ask(url, start, note.get("validator")) as answer:
         continues = _continues(answer, start)
         start = start if continues else 0
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        total = _length(answer, start)
         with open(part, "ab" if continues else "wb") as file:
             # an old beginning is gone by now, so a kill never leaves it beside the new validator
             _note_of(part).write_text(json.dumps(dict(url=url, validator=_validator(answer))))

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def clear_leftovers(
     Those are files of processes of this machine that have ended, and files of other machines untouched for a day.
     """
     path = Path(path)
-    temporary = re.compile(rf"\.+{re.escape(path.name)}\.([0-9a-f]{{8}})\.(\d+)\.tmp(\..*\.tmp)?")
+    temporary = re.compile(rf"\.+{re.escape(path.name)}\.([0-9a-f]{{8}})\.(\d+)(\.[0-9a-f]+)?\.tmp(\..*\.tmp)?")
     for file in os.scandir(path.parent):
         match = temporary.fullmatch(file.name)
         if not match:
@@ -69,22 +70,34 @@ def make_folder(
         raise ProtmaeError(f"cannot make the folder {path}: {e.strerror}; choose a folder you may write to") from e
 
 # %% ../../nbs/lib/utils/00_files.ipynb #d57c445c
+def _mode_of_new_files(path):
+    """The mode of the files that this person makes, seen at one that is made at `path` and removed again.
+
+    Nothing may stand there, not even a link. safetensors makes files that nobody else may read, hence the question.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        return os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
+        os.unlink(path)
+
+
 @contextmanager
 def atomic(
     path,  # where the file shall stand
 ):
     """Yield a temporary path to write to, then give the complete file its name.
 
-    On any error the old file stays and the temporary one goes. A full disk or a missing right is a `ProtmaeError`.
+    A link is followed: what it points to is replaced. On any error the old file stays and the temporary one goes.
+    A full disk or a missing right is a `ProtmaeError`.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     make_folder(path.parent)
-    tmp = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
     clear_leftovers(path)
     try:
-        tmp.touch()
-        mode = tmp.stat().st_mode  # of files that this person makes; safetensors makes its own for nobody else to read
-        tmp.unlink()
+        mode = _mode_of_new_files(tmp)
         yield tmp
         tmp.chmod(mode)
         with open(tmp, "rb+") as file:
