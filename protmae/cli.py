@@ -122,12 +122,13 @@ def patches(
 def demo(
     store: str,  # the .h5 to write; the pair table is written beside it
     n: int = 256,  # proteins
+    overwrite: bool = False,  # replace a pair table that is not synthetic
 ):
     "Make a synthetic store and pair table."
     from protmae.data.store import describe
     from protmae.data.synthetic import make_demo_store
 
-    describe(make_demo_store(store, n=n))
+    describe(make_demo_store(store, n=n, overwrite=overwrite))
 
 # %% ../nbs/lib/99_cli.ipynb #01c9a926
 def fetch(
@@ -165,12 +166,13 @@ def verify(
 # %% ../nbs/lib/99_cli.ipynb #557b37ee
 def report(
     notebook: str,  # a notebook that was run, such as out.ipynb
-    page: str,  # the .html to write
+    page: str,  # the .html to write, or .md
+    overwrite: bool = False,  # replace a file that is no page of protmae, too
 ):
     "Turn a notebook that was run into one self-contained HTML page that opens offline."
     from protmae.viz.pages import write_page
 
-    print(write_page(notebook, page))
+    print(write_page(notebook, page, overwrite))
 
 # %% ../nbs/lib/99_cli.ipynb #10091593
 def train(
@@ -238,12 +240,13 @@ def predict(
     prior: float = None,  # share of such pairs that interact, for example 0.001; without it as in training
     checkpoint: str = None,  # the encoder's file, where the model's file does not hold it
     columns: str = None,  # of the tables of pairs and sequences, where names are not recognised: a=Bait,b=Prey
+    overwrite: bool = False,  # replace a file that is no table or matrix of predictions, too
 ):
     "Score protein pairs with a trained classifier; run it again to go on after an interruption."
     from protmae.ppi.prediction_run import PredictionRequest, predict_pairs
 
     request = PredictionRequest(pairs, all, tuple(query or ()), against, tuple(fasta or ()), store, columns=columns)
-    head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint)
+    head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint, overwrite)
     if head is not None and len(head):
         print(head.to_string(index=False, max_rows=10, float_format="{:.4g}".format))
     print("\n".join([*remarks, f"written to {out}"]))

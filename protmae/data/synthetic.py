@@ -9,13 +9,14 @@ __all__ = ['NOTE', 'N_FAMILIES', 'RANK', 'LINKER', 'make_demo_store']
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 
 from ..core import DIM, MAX_LEN, ProtmaeError, check_number, seed_for
 from .store import EmbeddingStore
 from .writer import StoreWriter, create
-from ..utils.files import atomic
+from ..utils.files import atomic, check_replaceable
 from ..utils.space import EmbeddingSpace
 
 # %% ../../nbs/lib/data/11_synthetic.ipynb #c3a1cb15
@@ -94,12 +95,18 @@ def _write_pairs(path, ids, plans, rng):
         pd.DataFrame(pairs).to_csv(tmp, sep="\t", index=False)
 
 
+def _are_synthetic(path):
+    rows = path.read_bytes().splitlines()[1:]
+    return all(row.startswith(b"SYN") and b"\tSYN" in row for row in rows)
+
+
 def make_demo_store(
     path,  # .h5 to write; an existing store made with the same arguments is kept
     n: int = 256,  # proteins
     dim: int = DIM,  # width
     seed: int = 0,  # of everything drawn
     noise: float = 0.5,  # standard deviation of the noise on each residue
+    overwrite: bool = False,  # replace a pair table that is not synthetic
 ) -> EmbeddingStore:  # `<path without .h5>.pairs.tsv` with id_a, id_b, label is written beside it
     "A synthetic store and pair table with structure to learn. Raises `ProtmaeError` where real embeddings stand."
     path = Path(path)
@@ -112,6 +119,8 @@ def make_demo_store(
             return store
         if store.model != "synthetic":
             raise ProtmaeError(f"{path} holds embeddings of {store.model}; choose another name for the demo store")
+    check_replaceable(path, (".h5", ".hdf5"), h5py.is_hdf5, "a store", overwrite)
+    check_replaceable(pairs_path, (".tsv",), _are_synthetic, "a synthetic pair table", overwrite)
     rng = np.random.default_rng(seed_for(seed, "demo"))
     families = _Families.draw(rng, dim)
     ids, plans, sequences = [f"SYN{i:05d}" for i in range(n)], [], []

@@ -7,6 +7,7 @@ __all__ = ['HEAD', 'PredictionRequest', 'embed_missing', 'PredictionInputs', 'pr
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #539a0599
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from protmae.ppi.predictions import (
 )
 from .scoring import ProteinFeatures, Scorer, pair_attention
 from ..utils.download import file_sha256
-from ..utils.files import atomic, write_json
+from ..utils.files import write_json
 from ..utils.tensors import CONFIG, WEIGHTS, model_file
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #c28d9508
@@ -82,13 +83,11 @@ def embed_missing(
             "not say which language model made its embeddings; embed the file with `protmae embed` as for the model's "
             "training, and pass --store"
         )
-    table = out.with_name(f"{out.stem}.missing.tsv")
-    with atomic(table) as tmp:
-        lines = [f"{name}\t{sequence}\n" for name, sequence in sequences.items()]
-        Path(tmp).write_text("".join(["id\tsequence\n", *lines]))
-    store = embed_fasta(table, out.with_name(f"{out.stem}.embeddings.h5"), like=model)
-    table.unlink()
-    return store
+    lines = [f"{name}\t{sequence}\n" for name, sequence in sequences.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "missing.tsv"
+        table.write_text("".join(["id\tsequence\n", *lines]))
+        return embed_fasta(table, out.with_name(f"{out.stem}.embeddings.h5"), like=model)
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #b924a8a7
 class PredictionInputs:
@@ -163,12 +162,13 @@ def predict_pairs(
     least: float = None,  # write only pairs with at least this probability
     prior: float = None,  # share of the pairs that interact; None: as in training
     checkpoint=None,  # the encoder's file, for a classifier's file of protmae 0.1 whose encoder has moved
+    overwrite: bool = False,  # replace what stands at `out`, whatever it is
 ) -> tuple:  # the first rows that were written (None for a matrix), and what they mean; raises `ProtmaeError`
     "Score pairs and write them; the same call goes on after a kill. Pairs of a table keep their order."
     out, model = Path(out), model_file(model)
     top = None if top is None else check_number("top", top, 1, integer=True)
     least = None if least is None else check_number("min", least, 0, 1)
-    check_output(out, matrix=not request.pairs, selected=top is not None or least is not None)
+    check_output(out, not request.pairs, top is not None or least is not None, overwrite)
     net, about = load_classifier(model, checkpoint)
     inputs = PredictionInputs(request, model, about, out)
     proteins, pairs = inputs.proteins, inputs.pairs

@@ -23,7 +23,7 @@ from ..core import ProtmaeError, check_number
 from ..data.writer import writer_lock
 from .pair_lists import PairGrid
 from .training import sequence_digest
-from ..utils.files import atomic, make_folder
+from ..utils.files import atomic, check_replaceable, has_key, make_folder
 from ..utils.progress import Progress, format_duration
 
 # %% ../../nbs/lib/ppi/15_predictions.ipynb #ba680f45
@@ -55,6 +55,11 @@ def _go_on(file, key, pairs):
             tiles, done = tiles + 1, done + len(tile)
         file.seek(len(header) + 4 * (done + tiles))
     else:
+        file.seek(0)
+        begin = file.read(16).rstrip(b"\0")  # a power cut may leave a part of the header, or zeros
+        if not b"protmae scores 1".startswith(begin):
+            advice = "but scores go there while they are computed; move it away"
+            raise ProtmaeError(f"{file.name} is no file of scores, {advice}")
         file.seek(0)
         file.write(header)
     file.truncate()
@@ -253,10 +258,29 @@ def _write_parquet(tmp, parts):
 WRITERS = {".tsv": _write_tsv, ".parquet": _write_parquet, ".h5": None}
 
 
+def _are_predictions(path):
+    "Whether a table or a matrix has the names that ours have."
+    names = ["id_a", "id_b", "probability", "rank"]
+    ending = path.suffix.lower()
+    try:
+        if ending == ".h5":
+            with h5py.File(path) as f:
+                return {"ids_a", "ids_b", "probability"} <= set(f)
+        if ending == ".parquet":
+            from pyarrow import parquet
+
+            return parquet.read_schema(path).names[:4] == names
+        with open(path, encoding="utf-8") as file:
+            return file.readline().split("\t")[:4] == names
+    except (OSError, ValueError):  # pyarrow's own errors are ValueErrors
+        return False
+
+
 def check_output(
     out,  # path
     matrix: bool,  # whether the pairs are a grid
     selected: bool = False,  # whether only some pairs are to be written
+    overwrite: bool = False,  # replace any file, not predictions alone
 ):  # raises `ProtmaeError`
     "Refuse an output that cannot be written, before anything is scored."
     ending = Path(out).suffix.lower()
@@ -267,6 +291,9 @@ def check_output(
         raise ProtmaeError(f"--out is {out}, a matrix of every pair, but {why}; let it end in .tsv or .parquet")
     if ending == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         _write_parquet(None, ())
+    check_replaceable(out, WRITERS, _are_predictions, "what protmae predict wrote", overwrite)
+    facts = Path(f"{out}.json")
+    check_replaceable(facts, [".json"], has_key("pairs_scored"), "what protmae predict wrote", overwrite)
 
 # %% ../../nbs/lib/ppi/15_predictions.ipynb #6d6a541e
 def write_table(

@@ -22,7 +22,7 @@ from pandas.io.formats.style import Styler
 
 import protmae.viz
 from ..core import ProtmaeError
-from ..utils.files import atomic
+from ..utils.files import MARK, atomic, check_replaceable, has_mark
 
 # %% ../../nbs/lib/viz/03_pages.ipynb #298f2881
 LONG_TEXT = 30  # characters; a column with a longer text wraps
@@ -147,11 +147,13 @@ def page(
     path,  # .html to write
     title: str,  # of the page; is escaped
     parts,  # HTML texts, plotly figures, tables, in order
+    overwrite: bool = False,  # also what is no page of protmae
 ):
     "One self-contained page of parts; from four headings (<h2>) on with a table of contents."
     from jinja2 import Environment, FileSystemLoader
     from plotly.graph_objects import Figure
 
+    check_replaceable(path, [".html"], has_mark, "a page that protmae wrote", overwrite)
     texts = [part._repr_html_() if isinstance(part, Table) else part for part in parts]
     texts = [
         figure_html(json.loads(part.to_json()), f"plot{k}") if isinstance(part, Figure) else part
@@ -160,7 +162,8 @@ def page(
     plotly = packed_plotly() if any('class="figure"' in text for text in texts) else ""
     template = Environment(loader=FileSystemLoader(TEMPLATES / "report")).get_template("page.html.j2")
     with atomic(path) as tmp:
-        Path(tmp).write_text(template.render(title=title, parts=texts, plotly=plotly), encoding="utf-8")
+        text = template.render(title=title, parts=texts, plotly=plotly, mark=MARK)
+        Path(tmp).write_text(text, encoding="utf-8")
 
 # %% ../../nbs/lib/viz/03_pages.ipynb #37c577f5
 def paragraphs(
@@ -189,8 +192,9 @@ def _write_picture(figure, path):
     from plotly.graph_objects import Figure
 
     try:
+        picture = Figure(figure, skip_invalid=True).to_image("png", width=1000, scale=1.5)
         with atomic(path) as tmp:
-            Figure(figure, skip_invalid=True).write_image(tmp, format="png", width=1000, scale=1.5)
+            tmp.write_bytes(picture + MARK.encode())
         return True
     except Exception as e:  # kaleido has errors of many kinds
         print(f"no {path.name} ({type(e).__name__}); kaleido and Chromium draw it")
@@ -217,7 +221,7 @@ def markdown_text(
     exporter = MarkdownExporter(exclude_input=True)
     lines = [line.rstrip() for line in exporter.from_notebook_node(notebook)[0].splitlines()]
     kept = [line for k, line in enumerate(lines) if line or (k and lines[k - 1])]
-    return "\n".join(kept).strip() + "\n"
+    return "\n".join(kept).strip() + f"\n\n{MARK}\n"
 
 # %% ../../nbs/lib/viz/03_pages.ipynb #0386b17d
 def html_text(
@@ -234,18 +238,20 @@ def html_text(
     titles = [line[2:].strip() for line in "\n".join(prose).splitlines() if line.startswith("# ")]
     has_figures = any(PLOTLY in o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", []))
     plotly = packed_plotly() if has_figures else ""
-    resources = dict(title=titles[0] if titles else title, plotly=plotly)
+    resources = dict(title=titles[0] if titles else title, plotly=plotly, mark=MARK)
     return exporter.from_notebook_node(notebook, resources)[0]
 
 # %% ../../nbs/lib/viz/03_pages.ipynb #ca569526
 def write_page(
     notebook,  # path of a notebook that was run, such as out.ipynb
-    page,  # the .html to write, or the .md
+    page,  # the .html to write, or the .md, whose first figure becomes a .png beside it
+    overwrite: bool = False,  # also what is no page of protmae
 ) -> str:  # a line that says what was written
     "A notebook that was run, as one self-contained page, or as markdown."
     page = Path(page)
-    if page.suffix not in (".html", ".md"):
-        raise ProtmaeError(f"the page is {page.name}; expected a name that ends in .html or .md")
+    check_replaceable(page, [".html", ".md"], has_mark, "a page that protmae wrote", overwrite)
+    if page.suffix == ".md":
+        check_replaceable(page.with_suffix(".png"), [".png"], has_mark, "a picture that protmae wrote", overwrite)
     nodes = read_notebook(notebook)
     text = markdown_text(nodes, page) if page.suffix == ".md" else html_text(nodes, Path(notebook).stem)
     with atomic(page) as tmp:

@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from ..analysis.maps import is_number, labels
 from ..core import ProtmaeError
-from ..utils.files import atomic
+from ..utils.files import MARK, atomic, check_replaceable, has_mark
 from .theme import OKABE_ITO
 
 # %% ../../nbs/lib/viz/04_projection.ipynb #ce47a6a6
@@ -176,8 +176,10 @@ def save_png(
     figure: go.Figure,  # any
     width: int = 1200,  # pixels
     height: int = 520,  # pixels
+    overwrite: bool = False,  # also a picture that protmae did not write
 ) -> bool:  # False, and a line that says why, where it cannot be done
     "A PNG of a figure, without its menus. kaleido draws it, with a Chrome or Chromium that is installed."
+    check_replaceable(path, [".png"], has_mark, "a picture that protmae wrote", overwrite)
     if find_spec("kaleido") is None:
         print(f"no {path}: the package kaleido is missing (pip install kaleido); the camera in the page saves one too")
         return False
@@ -185,7 +187,7 @@ def save_png(
     plain.layout.annotations = [text for text in figure.layout.annotations if text.text != COLOUR_BY]
     try:
         with atomic(path) as tmp:
-            tmp.write_bytes(plain.to_image("png", width=width, height=height, scale=1))
+            tmp.write_bytes(plain.to_image("png", width=width, height=height, scale=1) + MARK.encode())
         return True
     except ProtmaeError:
         raise
