@@ -109,14 +109,17 @@ def export(
 def patches(
     store: str,  # path of a store
     patching: str = "window",  # window or adaptive
+    cache: str = None,  # folder to keep them in; without it PROTMAE_CACHE, or beside the store
 ):
     "Pool a store's patches for V5 now, rather than when training starts."
     from protmae.data.patches import PatchCache
+    from protmae.data.row_cache import use_cache_folder
     from protmae.data.store import EmbeddingStore
 
-    cache = PatchCache(EmbeddingStore(store), patching)
-    size = cache.path.stat().st_size / 1e6
-    print(f"{cache.path}: {int(cache.counts.sum()):,} patches of {len(cache):,} proteins, {size:,.1f} MB")
+    use_cache_folder(cache)
+    pooled = PatchCache(EmbeddingStore(store), patching)
+    size = pooled.path.stat().st_size / 1e6
+    print(f"{pooled.path}: {int(pooled.counts.sum()):,} patches of {len(pooled):,} proteins, {size:,.1f} MB")
 
 # %% ../nbs/lib/99_cli.ipynb #7a2a173d
 def demo(
@@ -199,12 +202,15 @@ def train(
     save_minutes: float = 5,  # between saves
     log_with: str = None,  # show each epoch's figures in tensorboard, wandb or trackio too
     extend: bool = False,  # continue a finished run to more --epochs; the learning rate rises once more and falls to 0
+    cache: str = None,  # folder for pooled patches; without it PROTMAE_CACHE, or beside the store
 ):
     "Pretrain a V2 or V5; run it again to go on. Several processes: accelerate launch -m protmae.cli train ..."
     arguments = dict(locals())
+    from protmae.data.row_cache import use_cache_folder
     from protmae.data.store import EmbeddingStore
     from protmae.training.pretrain import pretrain, run_to_train
 
+    use_cache_folder(cache)
     settings = {k: arguments[k] for k in RUN_SETTINGS if arguments[k] is not None}
     try:
         sizes = json.loads(sizes)
@@ -222,7 +228,7 @@ def train(
     leave_process_group(0)  # a process that fails alone does not wait for the others
 
 
-RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-7]  # what `train` passes on to the run
+RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-8]  # what `train` passes on to the run
 
 # %% ../nbs/lib/99_cli.ipynb #a51da9bb
 def predict(
@@ -240,11 +246,14 @@ def predict(
     prior: float = None,  # share of such pairs that interact, for example 0.001; without it as in training
     checkpoint: str = None,  # the encoder's file, where the model's file does not hold it
     columns: str = None,  # of the tables of pairs and sequences, where names are not recognised: a=Bait,b=Prey
+    cache: str = None,  # folder for the encoder's tokens; without it PROTMAE_CACHE, or beside the store
     overwrite: bool = False,  # replace a file that is no table or matrix of predictions, too
 ):
     "Score protein pairs with a trained classifier; run it again to go on after an interruption."
+    from protmae.data.row_cache import use_cache_folder
     from protmae.ppi.prediction_run import PredictionRequest, predict_pairs
 
+    use_cache_folder(cache)
     request = PredictionRequest(pairs, all, tuple(query or ()), against, tuple(fasta or ()), store, columns=columns)
     head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint, overwrite)
     if head is not None and len(head):

@@ -203,6 +203,13 @@ def _forgotten_if_odd(raw, names):
         raise ProtmaeError(f"{e}{kept}") from None
 
 
+def _refuse_others_files(folder):
+    "A folder without raw/ is new: a table there is somebody's own."
+    for name in ("pairs.tsv", "proteins.fasta"):
+        if (folder / name).exists():
+            raise ProtmaeError(f"{folder} has a file {name} that was not fetched; choose another folder (--data)")
+
+
 def fetch(
     name: str,  # a name in the registry
     data_dir="data",  # the set goes into a folder of its own name here
@@ -220,6 +227,8 @@ def fetch(
         _check_name(source.name, "file name")
     folder, new = Path(data_dir) / name, []
     raw, checksums_path = folder / "raw", folder / "checksums.json"
+    if not raw.exists():
+        _refuse_others_files(folder)
     make_folder(raw)
     by_hand = {file.name for file in raw.iterdir()}
     with writer_lock(folder / "fetch"):

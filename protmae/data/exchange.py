@@ -13,10 +13,10 @@ import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError
 from .allocation import reserve
-from .hdf5 import check_local, open_h5
+from .hdf5 import HDF5_ENDINGS, check_local, open_h5
 from .ids import record_id
 from .writer import StoreWriter, create, writer_lock
-from ..utils.files import atomic
+from ..utils.files import atomic, check_ending
 from ..utils.progress import Progress
 
 # %% ../../nbs/lib/data/07_exchange.ipynb #1393f3ff
@@ -157,6 +157,7 @@ def import_h5(
     model="imported",  # the language model's name
 ) -> tuple:  # path, number of proteins cut at 1502
     "Make a store of the field's common shape (D-SCRIPT, bio_embeddings). Raises `ProtmaeError` on any other."
+    check_ending(path, HDF5_ENDINGS)
     sequences = {record_id(id, whole=True): sequence for id, sequence in (sequences or {}).items()}
     with open_h5(source, "expected one dataset per protein; download it again") as f:
         datasets = dict(_find_datasets(f, f, set()))
@@ -202,6 +203,7 @@ def export_h5(
     "Write one float32 dataset per protein, for D-SCRIPT, bio_embeddings and protspace."
     if vectors is None and kind not in ("residues", "dscript", "mean"):
         raise ProtmaeError(f"kind is {kind!r}; expected residues, dscript or mean, or give vectors")
+    check_ending(path, HDF5_ENDINGS)
     if Path(path).exists():
         raise ProtmaeError(f"{path} exists already; choose another name")
     if store.pending:

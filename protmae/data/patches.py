@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import N_PATCHES, PATCH_SIZE, ProtmaeError
 from .hdf5 import damaged
-from .row_cache import RowCache
+from .row_cache import RowCache, cache_path
 
 # %% ../../nbs/lib/data/09_patches.ipynb #cceed9a0
 def n_patches(
@@ -66,11 +66,11 @@ class PatchCache:
         self,
         store,  # `EmbeddingStore`
         patching: str = "window",  # or 'adaptive'
-        path=None,  # of the cache; None: beside the store
+        path=None,  # of the cache; None: as `cache_path` says
     ):
         self.store, self.patching = store, patching
         self.counts = n_patches(store.lengths, patching)
-        self.path = Path(path or store.path.with_suffix(f".{patching}-patches.h5"))
+        self.path = Path(path or cache_path(store, f".{patching}-patches.h5"))
         key = dict(fingerprint=store.fingerprint, patching=patching)
         half = (store.dim, "<f2")
         self.rows = RowCache(self.path, key, self.counts, dict(patches=half, patches_low=half))

@@ -14,13 +14,14 @@ import numpy as np
 
 from ..core import ProtmaeError, check_number, seed_for
 from ..data.fasta import clean_sequences, read_sequences
-from ..data.hdf5 import open_h5
+from ..data.hdf5 import HDF5_ENDINGS, open_h5
 from ..data.ids import IdIndex, read_ids
 from ..data.shards import shard_files, shard_name, shard_ranges
 from ..data.store import EmbeddingStore, decode_texts
 from ..data.writer import StoreWriter, create, extend, writer_lock
 from .base import Embedder
 from .embedders import embedder_for, space_to_embed_into
+from ..utils.files import check_ending
 from ..utils.progress import Progress
 from ..utils.space import EmbeddingSpace, require_same_space
 
@@ -255,8 +256,7 @@ def embed_fasta(
         dim = check_number("dim", dim, 1, integer=True)
     if max_tokens is not None:
         max_tokens = check_number("max_tokens", max_tokens, 1, integer=True)
-    if Path(store).is_dir():
-        raise ProtmaeError(f"{store} is a folder; expected the path of a store, such as {store}/proteins.h5")
+    check_ending(store, HDF5_ENDINGS)
     space = None if like is None else space_to_embed_into(like)
     if space is not None and (layer is not None or pca_ids is not None):
         raise ProtmaeError(f"layer and the PCA come from {like}; leave out layer and pca_ids, or like")

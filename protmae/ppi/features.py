@@ -16,7 +16,7 @@ import torch
 from ..core import N_PATCHES, ProtmaeError
 from ..data.batches import PatchBatches, ResidueBatches, gather_rows, on_device
 from ..data.patches import PatchCache, n_patches
-from ..data.row_cache import RowCache
+from ..data.row_cache import RowCache, cache_path
 from ..embed.run import token_batches
 from ..models.classifier import token_width
 from ..models.v2 import TransformerMAE
@@ -73,7 +73,7 @@ class TokenCache:
         store,  # `EmbeddingStore`
         mean,  # (D,) standardisation the encoder was trained with
         std,  # (D,)
-        path=None,  # None: beside the store, named by digest
+        path=None,  # None: as `cache_path` says, named by digest
         max_tokens: int = 16384,  # residues per batch while encoding
         proteins=None,  # positions of those that will be asked for; None: all
         exact: bool = False,  # keep float32: for an encoder that was fine-tuned, whose head never saw float16
@@ -103,7 +103,7 @@ class TokenCache:
         self.dim = token_width(encoder)
         key = f"{encoder_digest(encoder, mean, std, patching)}-{store.fingerprint}"
         kind = "tokens32" if exact else "tokens"
-        self.path = Path(path or store.path.with_suffix(f".{kind}-{key[:12]}.h5"))
+        self.path = Path(path or cache_path(store, f".{kind}-{key[:12]}.h5"))
         self.dtype = np.dtype("<f4" if exact else "<f2")
         self.rows = RowCache(self.path, dict(key=key), self.counts, dict(tokens=(self.dim, self.dtype)))
 

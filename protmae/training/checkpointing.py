@@ -121,6 +121,7 @@ class RunFolder:
         """
         path = self.path / "run.json"
         if not path.exists():
+            self._refuse_others_files()
             write_json(path, settings | facts | provenance())
             return
         if not resume:
@@ -142,6 +143,12 @@ class RunFolder:
             raise ProtmaeError(f"{self.path} holds a run with other settings ({'; '.join(changed)}); {way}")
         if earlier.get("commit") != git_commit():
             write_json(path, earlier | dict(resumed=[*earlier.get("resumed", []), provenance()]))
+
+    def _refuse_others_files(self):
+        "A folder without run.json is new: what would be replaced there, no run wrote."
+        for name in ("best.safetensors", "last.safetensors", "log.jsonl"):
+            if (self.path / name).exists():
+                raise ProtmaeError(f"{self.path} has a file {name} but no run.json; choose another folder")
 
     def _extended(self, earlier, settings):
         "What `run.json` says once the run is extended to these settings; unchanged where more than epochs differs."
