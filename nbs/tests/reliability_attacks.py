@@ -185,14 +185,16 @@ def reference_run(job, template: Path, work: Path) -> Reference:
 # ---- kills
 
 
-def run_and_kill(job, folder, rng, reference, at_random_time):
-    "Run a job and kill it, at a random moment or before a random file operation."
-    if not at_random_time:
-        return JobProcess(job, folder, die_at=int(rng.integers(1, reference.operations + 1))).finish()
+def run_and_kill(job, folder, rng, reference, signal_number):
+    "Run a job and kill it, at a random moment or (no signal) before a random file operation; seconds until it ended."
+    if signal_number is None:
+        return JobProcess(job, folder, die_at=int(rng.integers(1, reference.operations + 1))).finish(), 0.0
     process = JobProcess(job, folder)
     if not process.inbox.poll(rng.uniform(0, reference.seconds)):
-        process.kill()
-    return process.finish()
+        process.send(signal_number)
+    started = time.perf_counter()
+    outcome = process.finish()
+    return outcome, time.perf_counter() - started
 
 
 def survive(
@@ -201,22 +203,26 @@ def survive(
     work: Path,  # folder to work in
     kills: int,  # how many
     seed: int = 0,  # of the random numbers
-) -> dict:  # counts
+    signals=(None, signal.SIGKILL),  # in turn; None: right before a file operation
+) -> dict:  # counts, and the longest time until a signal was obeyed
     "Kill a job again and again until it finishes, and compare with a run without an interruption."
     reference = reference_run(job, template, work)
     rng = np.random.default_rng([seed, *job.encode()])
     folder = work / job
     counts = dict(kills=0, while_writing=0, finished=0, operations=reference.operations, seconds=reference.seconds)
+    counts["slowest"] = 0.0
     while counts["kills"] < kills:
         shutil.copytree(template, folder)
         is_done = False
         for _ in range(min(KILLS_IN_A_ROW, kills - counts["kills"])):
-            outcome = run_and_kill(job, folder, rng, reference, at_random_time=counts["kills"] % 2)
+            signal_number = signals[counts["kills"] % len(signals)]
+            outcome, seconds = run_and_kill(job, folder, rng, reference, signal_number)
             is_done = outcome.kind == "done"
             if is_done:
                 break
-            assert outcome.kind == "killed", outcome.said
+            assert outcome.kind in ("killed", "stopped"), outcome.said
             counts["kills"] += 1
+            counts["slowest"] = max(counts["slowest"], seconds)
             counts["while_writing"] += check_intact(folder)
         if not is_done:
             run_to_end(job, folder)

@@ -38,6 +38,7 @@ from protmae.ppi.results import evaluate_test_split
 from protmae.ppi.splits import make_split
 from protmae.ppi.training import PPITrainer, load_encoder
 from protmae.training.pretrain import pretrain
+from protmae.utils.interrupt import handle_stops
 
 SIZES = dict(
     v2=dict(embed_dim=32, num_layers=1, nhead=2, ff_dim=32),
@@ -55,6 +56,7 @@ TEMPLATES = dict(  # job -> the files that `prepare` puts into its folder
     tokens=["demo.h5", "v5.safetensors"],
     fetch=["url"],
     report=["run.ipynb"],
+    predict=["demo.h5", "ppi.safetensors"],
 )
 
 
@@ -124,6 +126,7 @@ def download():
 
 JOBS["patches"] = functools.partial(cli.patches, "demo.h5")
 JOBS["report"] = functools.partial(cli.report, "run.ipynb", "page.html")
+JOBS["predict"] = functools.partial(cli.predict, "ppi.safetensors", store="demo.h5", all=True, out="all.tsv")
 
 
 # ---- what they start from
@@ -196,6 +199,10 @@ def prepare(
         template.mkdir(parents=True)
         for file in files:
             shutil.copy(folder / file, template / file)
+        if name == "ppi":
+            run = JobProcess(name, shutil.copytree(template, folder / "trained"))
+            assert run.finish().kind == "done"
+            shutil.copy(folder / "trained" / "run" / "best.safetensors", folder / "ppi.safetensors")
     return {name: folder / "from" / name for name in TEMPLATES}
 
 
@@ -206,7 +213,7 @@ def prepare(
 class Outcome:
     "How a job ended."
 
-    kind: str  # done, refused (by a `ProtmaeError`), broken (by another error) or killed
+    kind: str  # done, refused (by a `ProtmaeError`), stopped (by a signal), broken (by another error) or killed
     said: str = ""  # what it printed, or the message
     result: object = None  # what its function returned
 
@@ -233,8 +240,8 @@ class JobProcess:
     def pause(self):
         os.kill(self.process.pid, signal.SIGSTOP)
 
-    def kill(self):
-        self.process.kill()
+    def send(self, signal_number):
+        os.kill(self.process.pid, signal_number)
 
     def finish(self) -> Outcome:
         "Wait for its end."
@@ -269,8 +276,11 @@ def run_job(name, folder, operations, die_at, size_limit, outbox):
     with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
         try:
             count_operations(operations, die_at)
-            result = JOBS[name]()
+            with handle_stops(signal.default_int_handler):  # as the command line does
+                result = JOBS[name]()
             outcome = Outcome("done", screen.getvalue(), result)
+        except KeyboardInterrupt:
+            outcome = Outcome("stopped", screen.getvalue())
         except ProtmaeError as e:
             outcome = Outcome("refused", str(e))
         except BaseException:

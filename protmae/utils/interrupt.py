@@ -8,8 +8,10 @@ __all__ = ['STOPS', 'handle_stops', 'stop_softly']
 # %% ../../nbs/lib/utils/04_interrupt.ipynb #739f12e8
 import os
 import signal
+import sys
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 # %% ../../nbs/lib/utils/04_interrupt.ipynb #8847f20e
 STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -32,6 +34,32 @@ def handle_stops(
 
 # %% ../../nbs/lib/utils/04_interrupt.ipynb #7a6cc5c4
 @contextmanager
+def _outlive_launcher():
+    """In a Jupyter kernel whose launcher is killed, stop as after a signal.
+
+    ipykernel looks every second whether its parent lives, and else ends the process with `os._exit`, in the midst of a
+    step. Here that becomes a signal to stop, and the process ends when what has to be saved is saved.
+    """
+    poller = sys.modules.get("ipykernel.parentpoller")
+    if poller is None:
+        yield
+        return
+    is_saved = threading.Event()
+
+    def leave(status):
+        os.kill(os.getpid(), signal.SIGTERM)
+        is_saved.wait()
+        os._exit(status)
+
+    poller.os = SimpleNamespace(getppid=os.getppid, _exit=leave)
+    try:
+        yield
+    finally:
+        poller.os = os
+        is_saved.set()
+
+
+@contextmanager
 def stop_softly():
     "Yield a list that a signal to stop makes non-empty, to be looked at between steps; a second one stops at once."
     stop = []
@@ -42,5 +70,5 @@ def stop_softly():
             raise KeyboardInterrupt
         stop.append(signal_number)
 
-    with handle_stops(on_signal):
+    with handle_stops(on_signal), _outlive_launcher():
         yield stop
