@@ -198,7 +198,7 @@ def train(
     sizes: str = "{}",  # other sizes of the network, as JSON
     new: bool = False,  # refuse to go on with an earlier run
     cpu: bool = False,  # do not use a GPU
-    compiled: bool = False,  # v5 only: torch.compile makes the kernels, on a GPU as a CUDA graph
+    compiled: bool | None = None,  # v5, yes or no: torch.compile makes the kernels, as a CUDA graph; else on a GPU only
     save_minutes: float = 5,  # between saves
     log_with: str = None,  # show each epoch's figures in tensorboard, wandb or trackio too
     extend: bool = False,  # continue a finished run to more --epochs; the learning rate rises once more and falls to 0
@@ -312,6 +312,8 @@ def add_argument(
         parser.add_argument(name, type=kind, help=help_text)
     elif kind is bool:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help_text)
+    elif kind == bool | None:  # may be given without a word, for yes
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="yes", help=help_text)
     elif kind is list:
         parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", default=parameter.default, help=help_text)
     elif parameter.default == "" and not keyword_only:

@@ -208,6 +208,7 @@ class Bench:
     def library_run(self, arch, batch, **more) -> PretrainTrainer:
         "A run of the library's trainer."
         folder = tempfile.mkdtemp(prefix=f"{arch}-{batch}-", dir=self.folder)
+        more = dict(compiled=False) | more
         more |= dict(sizes=self.sizes[arch], epochs=100_000, batch_size=batch, save_minutes=1e9)
         return PretrainTrainer(arch, self.stores[arch], Path(folder) / "run", **more)
 

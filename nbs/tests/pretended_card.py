@@ -211,10 +211,22 @@ class Cases:
         interval = more.pop("loss_sync_interval", None)
         with card(self.watch):
             run = pretrain.PretrainTrainer(
-                arch, self.store, self.new_folder(), sizes=sizes, epochs=2, batch_size=16, **more
+                arch, self.store, self.new_folder(), sizes=sizes, epochs=2, batch_size=16, compiled=False, **more
             )
             run.loss_sync_interval = interval or run.loss_sync_interval
             return self.epoch_of(run)
+
+    def choices_to_compile(self) -> dict:
+        "Which pretraining runs compile their full batches by themselves."
+        chosen = {}
+        asked = dict(v5={}, v2={}, v5_accumulating=dict(grad_accum=2), v5_switched_off=dict(compiled="no"))
+        for name, more in asked.items():
+            arch, more = name[:2], dict(batch_size=16, epochs=2) | more
+            with card(self.watch):
+                sizes = dict(v2=TINY_V2, v5=TINY_V5)[arch]
+                run = pretrain.PretrainTrainer(arch, self.store, self.new_folder(), sizes=sizes, **more)
+                chosen[name] = run.compiled is not None
+        return dict(doubles={}, chosen=chosen)
 
     def interactions(self, encoder, **more) -> dict:
         "The same for a classifier."
@@ -346,6 +358,7 @@ def main(folder, *only):
         "ppi contrastive": lambda: cases.interactions("v5", contrastive=1),
     }
     everything |= {
+        "compiled by itself": cases.choices_to_compile,
         "prediction": cases.prediction,
         "embedding, UniRep": lambda: cases.embedding(cases.unirep),
         "embedding, ESM-2": lambda: cases.embedding(cases.esm),

@@ -13,7 +13,7 @@ from ..core import ProtmaeError
 from .v2 import TransformerMAE
 from .v5 import MAEV5
 from ..utils.space import EmbeddingSpace, require_same_space
-from ..utils.tensors import check_sizes, load_weights_exactly, read_tensors, save_tensors
+from ..utils.tensors import check_network, check_sizes, load_weights_exactly, read_tensors, save_tensors
 
 # %% ../../nbs/lib/models/07_hub.ipynb #b152698c
 ARCHS = dict(v2=TransformerMAE, v5=MAEV5)
@@ -27,6 +27,7 @@ def build(
     "A new model."
     if not isinstance(arch, str) or arch not in ARCHS:
         raise ProtmaeError(f"arch is {arch!r}; expected one of {', '.join(ARCHS)}")
+    check_network(sizes)
     try:
         return ARCHS[arch](**sizes)
     except ProtmaeError:

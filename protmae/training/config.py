@@ -13,6 +13,7 @@ from ..core import ProtmaeError, check_number
 
 # %% ../../nbs/lib/training/00_config.ipynb #e86265ec
 _COUNT = dict(low=1, integer=True)
+_FEW = dict(low=1, high=2**31 - 1, integer=True)  # what torch counts
 _SHARE = dict(low=0, high=1, open_low=True, open_high=True)
 _POSITIVE = dict(low=0, open_low=True)
 _NOT_NEGATIVE = dict(low=0)
@@ -22,6 +23,7 @@ RULES = {  # of `check_number`, by the name of the setting
     **dict.fromkeys(("mask_ratio", "val_fraction"), _SHARE),
     **dict.fromkeys(("lr", "clip", "delta", "scale", "whiten", "focal"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "compress_weight", "warmup_epochs"), _NOT_NEGATIVE),
+    **dict.fromkeys(("batch_size", "grad_accum"), _FEW),
     "dropout": dict(low=0, high=1, open_high=True),
     "seed": dict(low=0, integer=True),
 }

@@ -10,6 +10,7 @@ __all__ = ['chosen_proteins', 'protein_set_digest', 'check_compiled', 'PretrainT
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .config import hashable_config, make_config
 from .objectives import OBJECTIVES
 from .skill import Skill
 from .trainer import Trainer
+from ..utils.parameters import yes_no
 
 # %% ../../nbs/lib/training/07_pretrain.ipynb #7af90ddb
 def chosen_proteins(
@@ -34,6 +36,8 @@ def chosen_proteins(
     "The proteins that a run may use."
     if only is None:
         return None
+    if not isinstance(only, Path | Iterable):
+        raise ProtmaeError(f"only is {only!r}; expected ids, or a file with one a line")
     only = read_ids(only) if isinstance(only, str | Path) else list(only)
     chosen, unknown = IdIndex(store.ids).find_all(only)
     if unknown or not len(chosen):
@@ -55,8 +59,13 @@ def protein_set_digest(
 def check_compiled(
     arch: str,  # 'v2' or 'v5'
     config,  # its `PretrainConfig`
-):
-    "Raise `ProtmaeError` for a run that cannot be compiled."
+    compiled,  # as the user says it: yes, no, or None
+) -> bool:  # or None: where there is a GPU; raises `ProtmaeError` for a run that cannot be compiled
+    "Whether the full batches of a run are compiled."
+    if compiled is None:
+        return None if arch == "v5" and config.grad_accum == 1 else False
+    if not yes_no("compiled", compiled):
+        return False
     if arch != "v5":
         raise ProtmaeError(f"compiled=True with arch {arch!r}; expected 'v5', whose batches all have one shape")
     if config.grad_accum > 1:
@@ -64,6 +73,7 @@ def check_compiled(
             f"compiled=True with grad_accum {config.grad_accum}; expected 1: CUDA graphs do not add up gradients; "
             "use a larger batch_size, or leave compiled out"
         )
+    return True
 
 # %% ../../nbs/lib/training/07_pretrain.ipynb #b12f715c
 class PretrainTrainer(Trainer):
@@ -79,14 +89,13 @@ class PretrainTrainer(Trainer):
         save_minutes: float = 5.0,  # between saves
         cpu: bool = False,  # do not use a GPU
         only=None,  # ids of the proteins to use, or a text file with one per line; None: all of the store
-        compiled: bool = False,  # V5: torch.compile makes the kernels, on a GPU as a CUDA graph
+        compiled: bool = None,  # V5: torch.compile makes the kernels, on a GPU as a CUDA graph; None: on a GPU
         log_with=None,  # show each epoch's figures in 'tensorboard', 'wandb' or 'trackio' too
         extend: bool = False,  # continue a finished run in this folder to more epochs
         **changes,  # of `config_v2` or `config_v5`
     ):
         config, objective = make_config(arch, **changes), OBJECTIVES[arch]
-        if compiled:
-            check_compiled(arch, config)
+        compiled = check_compiled(arch, config, compiled)
         self.arch, self.store = arch, store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
         self.sizes = dict(input_dim=self.store.dim) | check_sizes_given(sizes)
         chosen = chosen_proteins(self.store, only)
@@ -102,15 +111,16 @@ class PretrainTrainer(Trainer):
         with self.acc.main_process_first():  # the first pools the patches, the others find them
             self.objective = objective(self.store, self.mean, self.std, self.sizes)
         data = on_device(self.objective.data, self.acc.device, np.concatenate([self.train_idx, self.val_idx]))
-        self.compiled = None
+        self.compiled, self.must_compile = None, compiled is True
         self.start(
             model,
             data,
             EpochSampler(self.train_idx, config.batch_size, self.objective.bucket, config.seed),
             EpochSampler(self.val_idx, config.batch_size, self.store.lengths, shuffle=False),
         )
-        if compiled:
-            mode = "reduce-overhead" if self.acc.device.type == "cuda" else None
+        on_card = self.acc.device.type == "cuda"
+        if compiled or (compiled is None and on_card and self.acc.num_processes == 1):
+            mode = "reduce-overhead" if on_card else None
             self.compiled = torch.compile(self.model, mode=mode, dynamic=False)
 
     def facts(self, objective) -> dict:
@@ -136,6 +146,8 @@ class PretrainTrainer(Trainer):
             f"{self.arch}: {self.n_params:,} parameters, {len(self.train_idx):,} training and "
             f"{len(self.val_idx):,} validation proteins ({self.left_out} left out as too short)"
         )
+        if self.compiled is not None:
+            lines.append("full batches run compiled; compiled=no (--compiled no) switches that off")
         return "\n".join(lines)
 
     def mask_key(self) -> int:
@@ -145,7 +157,7 @@ class PretrainTrainer(Trainer):
     def loss(self, batch) -> tuple:
         "The loss of a batch, and how many values it is a mean of. One shape is compiled, that of a full batch."
         is_full = len(batch["index"]) == self.config.batch_size // self.acc.num_processes
-        model = self.compiled if self.compiled and is_full else self.model
+        model = self.compiled if self.compiled is not None and is_full else self.model
         terms, _ = self.objective.loss(model, batch, self.config, self.mask_key())
         return self.weighted_loss(terms, batch.get("own", True))
 
@@ -154,7 +166,7 @@ class PretrainTrainer(Trainer):
         whole = self.acc.device.type != "cpu" or self.acc.num_processes > 1
         parts = [batch] if whole else self.objective.parts(batch)
         if len(parts) == 1:
-            return super().backward(batch)
+            return self._backward_whole(batch)
         counts = torch.stack([self.objective.counts(part, self.config) for part in parts])
         total, loss = counts.sum(0).clamp(min=1), 0.0
         for part, count in zip(parts, counts, strict=True):
@@ -163,6 +175,19 @@ class PretrainTrainer(Trainer):
             self.acc.backward(weighted)
             loss = loss + weighted.detach()
         return loss, total[0]
+
+    def _backward_whole(self, batch):
+        "Where nobody asked for compiled batches and that fails, the run goes on without."
+        try:
+            return super().backward(batch)
+        except Exception as e:
+            if self.compiled is None or self.must_compile:
+                raise
+            reason = str(e).strip().splitlines()[:1]
+            self.print_once(f"torch.compile failed ({type(e).__name__}: {''.join(reason)}); going on without it")
+            self.compiled = None
+            self.opt.zero_grad()
+            return super().backward(batch)
 
     def names(self, batch) -> list:
         "Ids of the proteins in a batch."

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import skip_first_batches
 
-from ..core import ProtmaeError, seed_for
+from ..core import ProtmaeError, check_number, seed_for
 from .checkpointing import EpochRecord, Position, RunFolder, TrainingState, first_nonfinite
 from .optim import Schedule, optimizer_for
 from .parts import PendingLosses, make_accelerator, make_loader, tracking, weighted_loss
@@ -47,7 +47,8 @@ class Trainer:
         log_with=None,  # show each epoch's figures in 'tensorboard', 'wandb' or 'trackio' too
         extend: bool = None,  # continue a finished run to more epochs; None: not this kind of run
     ):
-        self.out, self.config, self.save_minutes, self.resume = Path(out), config, save_minutes, resume
+        self.out, self.config, self.resume = Path(out), config, resume
+        self.save_minutes = check_number("save_minutes", save_minutes, 0)
         self.folder = RunFolder(out)
         if not int(os.environ.get("RANK", 0)):  # one process decides for all
             self.folder.claim(settings, facts, resume, extend)
