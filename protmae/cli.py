@@ -380,6 +380,9 @@ def main(
     except BrokenPipeError:  # the reader of a pipe has seen enough, as in `protmae info x | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as e:  # a disk that fails, a name that is too long, ...
+        print(f"protmae: {e}", file=sys.stderr)
+        return 1
     return 0
 
 

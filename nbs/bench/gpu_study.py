@@ -160,7 +160,7 @@ class Study:
         self.train[key] = train = self.pairs.proteins_of(split.train)
         matrix, centre, kept = proteome.projection(train, self.dim)
         five, two = (
-            split_by_protein(proteome, 0.1, 0, objective.min_len, None, train)
+            split_by_protein(proteome, 0.1, 0, objective.min_len(0.5), None, train)
             for objective in (V5Objective, V2Objective)
         )
         has_v2 = "V2" in self.systems and key[0] == "C3" and str(key[1]) in self.options.v2_seeds.split(",")

@@ -21,6 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 from ..core import ProtmaeError, check_number, seed_for
 from ..data.ids import IdIndex, record_id
 from ..data.tables import find_columns
+from ..utils.tensors import check_vectors
 
 # %% ../../nbs/lib/analysis/08_maps.ipynb #66e41ce0
 def project(
@@ -29,15 +30,21 @@ def project(
     n_neighbors: int = 15,  # small: local structure; large: global
     min_dist: float = 0.1,  # how tightly points may lie
     pca: int = 50,  # dimensions to keep first
-) -> np.ndarray:  # (N, 2) float32; raises `ProtmaeError` for fewer than 5 vectors, or NaN
+) -> np.ndarray:  # (N, 2) float32; raises `ProtmaeError` for fewer than 5 vectors, equal ones, or NaN
     "A seeded UMAP."
-    x = np.asarray(x, "f4")
+    x = check_vectors(x)
     n_neighbors = check_number("n_neighbors", n_neighbors, 2, integer=True)
-    if x.ndim != 2 or len(x) < 5:
+    if len(x) < 5:
         raise ProtmaeError(f"vectors have shape {x.shape}; expected (N, D) with at least 5 proteins")
-    bad = np.flatnonzero(~np.isfinite(x).all(1))
-    if len(bad):
-        raise ProtmaeError(f"{len(bad)} vectors hold NaN or infinity, the first is number {bad[0]}; compute them again")
+    if (x == x[0]).all():
+        raise ProtmaeError(
+            f"all {len(x):,} vectors are equal, so there is nothing to map; are they of a trained model?"
+        )
+    largest = np.abs(x).max()
+    if largest > 1e15:  # squares would overflow; a map does not depend on the unit
+        x = x / largest
+    if x.shape[1] == 1:
+        x = np.pad(x, [(0, 0), (0, 1)])
     if min(x.shape) > pca:
         x = PCA(pca, svd_solver="randomized", random_state=seed).fit_transform(x)
     from umap import UMAP  # takes seconds to import

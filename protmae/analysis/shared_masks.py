@@ -44,7 +44,8 @@ def training_proteins(
 ) -> np.ndarray:  # positions; raises `ProtmaeError` where the run's settings do not give as many as it says
     "The proteins that a run was trained on, from its settings."
     config = run["config"]
-    shares = config["val_fraction"], config["seed"], OBJECTIVES[run["arch"]].min_len, config["max_proteins"]
+    shortest = OBJECTIVES[run["arch"]].min_len(config["mask_ratio"])
+    shares = config["val_fraction"], config["seed"], shortest, config["max_proteins"]
     train = split_by_protein(store, *shares, _given_proteins(store, run, only))[0]
     if len(train) != run["train_proteins"]:
         raise ProtmaeError(

@@ -8,6 +8,7 @@ __all__ = ['Embedder', 'choose_device', 'optional_module', 'weights_digest']
 # %% ../../nbs/lib/embed/00_base.ipynb #04fd9bc9
 import hashlib
 import importlib
+import re
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -37,12 +38,17 @@ def choose_device(
 ) -> torch.device:  # raises `ProtmaeError` for a GPU that is not there
     "Where a language model runs."
     has_gpu = torch.cuda.is_available()
+    if device and not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        raise ProtmaeError(f"device is {str(device)!r}; expected cpu or cuda, or leave it out")
     if device and str(device).startswith("cuda") and not has_gpu:
         raise ProtmaeError(
             f"device is {device!r}, but torch {torch.__version__} sees no GPU; "
             "leave it out to use the CPU, or install torch's CUDA build"
         )
-    return torch.device(device or ("cuda" if has_gpu else "cpu"))
+    chosen = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    if chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise ProtmaeError(f"device is {str(device)!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return chosen
 
 # %% ../../nbs/lib/embed/00_base.ipynb #fd2dd5fa
 def optional_module(

@@ -18,6 +18,7 @@ from .leakage import degree_scores
 from .metrics import auroc, evaluate
 from .pairs import Pairs
 from .splits import Split
+from ..utils.tensors import check_vectors
 
 # %% ../../nbs/lib/ppi/04_baselines.ipynb #8e5fd296
 def standardise(vectors, proteins) -> np.ndarray:  # (N, D), positions of the training proteins -> (N, D) float32
@@ -135,17 +136,19 @@ def _fit_boosting(x, label, seed, trees=300, learning_rate=0.1, leaves=31):
 BASELINES = ("degree", "cosine", "l2", "logistic", "boosting")
 
 
-def _check_vectors(vectors, pairs):
+def _vectors_of(vectors, pairs):
+    "Vectors for all ids of the pairs; those of proteins that are in no pair may be anything."
+    vectors = np.asarray(vectors)
     if vectors.ndim != 2 or len(vectors) != len(pairs.ids):
         raise ProtmaeError(
             f"vectors have shape {vectors.shape}; "
             f"expected ({len(pairs.ids):,}, D), one row per protein of the pairs' ids"
         )
-    bad = [i for i in pairs.proteins if not np.isfinite(vectors[i]).all()]
-    if bad:
-        raise ProtmaeError(
-            f"the vectors of {len(bad):,} proteins hold NaN or infinity, {pairs.ids[bad[0]]!r} first; embed them again"
-        )
+    wanted = np.unique(pairs.proteins)
+    checked = check_vectors(vectors[wanted], np.array(pairs.ids, object)[wanted])
+    whole = np.zeros(vectors.shape, np.float32)
+    whole[wanted] = checked
+    return whole
 
 
 def run_baseline(
@@ -169,9 +172,8 @@ def run_baseline(
     if name == "degree":
         scores, chosen = degree_scores(pairs, split), {}
     else:
-        vectors, proteins = np.asarray(vectors), pairs.proteins_of(split.train)
-        _check_vectors(vectors, pairs)
-        vectors = standardise(vectors, proteins)
+        proteins = pairs.proteins_of(split.train)
+        vectors = standardise(_vectors_of(vectors, pairs), proteins)
         if name in ("cosine", "l2"):
             x = {part: similarity(vectors, a, b, name) for part, (a, b) in ends.items()}
             scores, chosen = _fit_similarity(x, label, seed, **options)

@@ -7,6 +7,7 @@ __all__ = ['LEVEL', 'check_scores', 'Ranking', 'auroc', 'auprc', 'balance_weight
            'protein_weights', 'bootstrap', 'PairedDifference', 'paired_bootstrap', 'paired_bootstrap_seeds', 'evaluate']
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #791be10d
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,10 @@ LEVEL = 0.95  # of the intervals
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #4e4a4ce6
 def check_scores(label, score) -> tuple:  # (n,) 0 or 1, and (n,) numbers; returned as arrays
     "Raise `ProtmaeError` unless scores are finite and both labels occur."
-    label, score = np.asarray(label).astype(np.int8), np.asarray(score, np.float64)
+    try:
+        label, score = np.asarray(label, np.float64), np.asarray(score, np.float64)
+    except (ValueError, TypeError) as e:
+        raise ProtmaeError(f"labels and scores must be numbers ({e}); expected 0 or 1, and a score for each") from None
     if label.shape != score.shape or label.ndim != 1:
         raise ProtmaeError(f"labels have shape {label.shape}, scores {score.shape}; expected one score per label")
     if not np.isfinite(score).all():
@@ -26,9 +30,10 @@ def check_scores(label, score) -> tuple:  # (n,) 0 or 1, and (n,) numbers; retur
             f"{(~np.isfinite(score)).sum():,} of {len(score):,} scores are NaN or infinite; "
             "the model that made them has failed"
         )
-    if len(np.unique(label)) < 2:
-        raise ProtmaeError(f"{len(label):,} pairs with labels {np.unique(label).tolist()}; expected both 0 and 1")
-    return label, score
+    found = np.unique(label).tolist()
+    if found != [0, 1]:
+        raise ProtmaeError(f"{len(label):,} pairs with labels {found[:5]}; expected both 0 and 1, and no others")
+    return label.astype(np.int8), score
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #8fcdf42e
 class Ranking:
@@ -104,14 +109,21 @@ def best_threshold(label, score, weights=None) -> float:  # of validation pairs
     return float(scores[-1] if k == len(scores) else (scores[k - 1] + scores[k]) / 2)
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #8888a0ca
+def _check_any(label):
+    if not len(label):
+        raise ProtmaeError("there are no pairs; expected one or more")
+
+
 def accuracy(label, score, threshold, weights=None) -> float:  # (n,), (n,), number, (n,) or None: 1 each
     "Weighted share of pairs on the right side of the threshold."
+    _check_any(label)
     return float(np.average((np.asarray(score) >= threshold) == np.asarray(label).astype(bool), weights=weights))
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #bb375e9c
 def ece(label, score, weights=None, bins=15) -> float:  # (n,) 0 or 1, (n,) probabilities; None if they are none
     "Expected calibration error over equal-width bins."
     label, score = np.asarray(label, float), np.asarray(score, float)
+    _check_any(label)
     weights = np.ones(len(label)) if weights is None else weights
     if score.min() < 0 or score.max() > 1:
         return None
@@ -152,7 +164,9 @@ def _parts(resamples, n_pairs):
 
 def _interval(values, level):
     "Percentiles of resampled values along their last axis: (2, ...)."
-    return np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of few pairs no resample may have both classes: NaN
+        return np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=-1)
 
 
 def bootstrap(
@@ -165,10 +179,12 @@ def bootstrap(
     negatives=10,  # per positive, for the other class balance
     threshold=None,  # for the accuracy; None: no accuracy
     level=LEVEL,  # of the intervals
-) -> dict:  # metric -> (low, high)
+) -> dict:  # metric -> (low, high), of those that some resample has; raises `ProtmaeError`
     "Percentile intervals over resampled proteins."
     ranking, rng = Ranking(label, score), np.random.default_rng(seed_for(seed, "bootstrap"))
     label, a, b = np.asarray(label), np.asarray(a), np.asarray(b)
+    if not label.shape == a.shape == b.shape:
+        raise ProtmaeError(f"{len(label):,} labels, but {len(a):,} and {len(b):,} proteins; expected two for each pair")
     found = []
     for n in _parts(resamples, len(label)):
         weights = protein_weights(a, b, n, rng)
@@ -182,7 +198,8 @@ def bootstrap(
         found.append(np.array(values))
     names = ["auroc", "auprc", f"auprc_1to{negatives:g}", "accuracy", f"accuracy_1to{negatives:g}"]
     low, high = _interval(np.concatenate(found, axis=1), level).tolist()
-    return {name: limits for name, limits in zip(names, zip(low, high, strict=True), strict=False)}
+    limits = zip(names, zip(low, high, strict=True), strict=False)
+    return {name: ends for name, ends in limits if np.isfinite(ends).all()}
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #ae98d237
 class PairedDifference(NamedTuple):
@@ -263,7 +280,7 @@ def evaluate(
         intervals = bootstrap(label, score, a, b, resamples, seed, negatives, cuts[0])
         if cuts[1] != cuts[0]:
             other = bootstrap(label, score, a, b, resamples, seed, negatives, cuts[1])
-            intervals[f"accuracy_{tag}"] = other[f"accuracy_{tag}"]
+            intervals |= {name: ends for name, ends in other.items() if name == f"accuracy_{tag}"}
         found["interval"] = {name: [round(limit, 4) for limit in limits] for name, limits in intervals.items()}
     if has_val:
         found["val_auroc"] = auroc(val_label, val_score)

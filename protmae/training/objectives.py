@@ -6,6 +6,7 @@
 __all__ = ['OBJECTIVES', 'Reconstruction', 'V2Objective', 'V5Objective']
 
 # %% ../../nbs/lib/training/02_objectives.ipynb #c337985e
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,6 @@ class Reconstruction(NamedTuple):
 class V2Objective:
     "Residues, in batches of like length."
 
-    min_len = 2  # a protein of one residue has nothing to mask
     PART_TOKENS = 3072  # below 32 MiB per tensor glibc hands out the same memory again, above it every page is new
 
     def __init__(
@@ -44,6 +44,11 @@ class V2Objective:
     ):
         self.data = ResidueBatches(store, mean, std)
         self.bucket = store.lengths  # batches hold proteins of like length
+
+    @staticmethod
+    def min_len(mask_ratio: float) -> int:
+        "A shorter protein has nothing to mask, as `mask_counts` counts."
+        return max(2, math.ceil(1 / mask_ratio - 1e-6))
 
     def loss(self, model, batch, config, key) -> tuple:
         "Terms of a batch's loss, [(mean, number of values)], and its `Reconstruction`."
@@ -82,8 +87,6 @@ class V2Objective:
 class V5Objective:
     "Patches, pooled once."
 
-    min_len = PATCH_SIZE + 1  # a protein of one patch has nothing to mask
-
     def __init__(
         self,
         store,  # `EmbeddingStore`
@@ -94,6 +97,11 @@ class V5Objective:
         self.patching = sizes.get("patching", "window")
         self.data = PatchBatches(PatchCache(store, self.patching), mean, std)
         self.bucket = None  # proteins in any order
+
+    @staticmethod
+    def min_len(mask_ratio: float) -> int:
+        "A protein of one patch has nothing to mask; of two, one is masked at any ratio."
+        return PATCH_SIZE + 1
 
     def loss(self, model, batch, config, key) -> tuple:
         "Terms of a batch's loss, [(mean, number of values)], and its `Reconstruction`."

@@ -99,14 +99,15 @@ class PretrainTrainer(Trainer):
         self.arch, self.store = arch, store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
         self.sizes = dict(input_dim=self.store.dim) | check_sizes_given(sizes)
         chosen = chosen_proteins(self.store, only)
+        shortest = objective.min_len(config.mask_ratio)
         self.train_idx, self.val_idx, self.left_out = split_by_protein(
-            self.store, config.val_fraction, config.seed, objective.min_len, config.max_proteins, chosen
+            self.store, config.val_fraction, config.seed, shortest, config.max_proteins, chosen
         )
         torch.manual_seed(seed_for(config.seed, "weights"))
         model = build(arch, **self.sizes)
         settings = dict(config=asdict(config), arch=arch, sizes=self.sizes, fingerprint=self.store.fingerprint)
         settings["only"] = protein_set_digest(chosen)
-        super().__init__(out, config, settings, self.facts(objective), resume, save_minutes, cpu, log_with, extend)
+        super().__init__(out, config, settings, self.facts(shortest), resume, save_minutes, cpu, log_with, extend)
         self.mean, self.std = self.store.mean_std(self.train_idx)
         with self.acc.main_process_first():  # the first pools the patches, the others find them
             self.objective = objective(self.store, self.mean, self.std, self.sizes)
@@ -123,7 +124,7 @@ class PretrainTrainer(Trainer):
             mode = "reduce-overhead" if on_card else None
             self.compiled = torch.compile(self.model, mode=mode, dynamic=False)
 
-    def facts(self, objective) -> dict:
+    def facts(self, shortest: int) -> dict:
         "What `run.json` holds besides the settings."
         return dict(
             store=str(self.store.path.resolve()),
@@ -133,7 +134,7 @@ class PretrainTrainer(Trainer):
             train_proteins=len(self.train_idx),
             val_proteins=len(self.val_idx),
             left_out=self.left_out,
-            left_out_why=f"shorter than {objective.min_len} residues: nothing to mask",
+            left_out_why=f"shorter than {shortest} residues: nothing to mask",
         )
 
     def intro(self) -> str:

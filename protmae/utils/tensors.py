@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'CONFIG', 'NUMPY_NUMBERS', 'WIDEST', 'save_tensors', 'save_folder', 'model_file', 'read_tensors',
-           'check_network', 'check_sizes', 'load_weights_exactly']
+           'check_network', 'check_sizes', 'load_weights_exactly', 'check_vectors']
 
 # %% ../../nbs/lib/utils/06_tensors.ipynb #6bc781ec
 import json
@@ -213,3 +213,23 @@ def load_weights_exactly(
     if said:
         raise ProtmaeError(f"{path} does not fit {type(model).__name__} ({'; '.join(said)})")
     model.load_state_dict(state)
+
+# %% ../../nbs/lib/utils/06_tensors.ipynb #a5fa700d
+def check_vectors(
+    vectors,  # (N, D) numbers
+    names=None,  # N ids, for messages; None: vectors are numbered from 0
+) -> np.ndarray:  # (N, D) float32; raises `ProtmaeError` for anything else, and for NaN or infinity
+    "One vector a protein, as people may hand them in."
+    x = np.asarray(vectors)
+    if x.dtype.kind not in "fiu" or x.ndim != 2 or not x.shape[1]:
+        raise ProtmaeError(f"vectors are {x.dtype} of shape {x.shape}; expected numbers of shape (N, D)")
+    with np.errstate(over="ignore"):
+        x = x.astype(np.float32, copy=False)
+    bad = np.flatnonzero(~np.isfinite(x).all(1))
+    if len(bad):
+        first = f"number {bad[0]}" if names is None else repr(names[bad[0]])
+        raise ProtmaeError(
+            f"{len(bad):,} of {len(x):,} vectors hold NaN, infinity or what float32 cannot hold, {first} first; "
+            "compute them again"
+        )
+    return x
