@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .flops import outline, shape_row, training_flops
-from .results import RunSummary, read_run
+from .results import RunSummary, read_result, read_run
 from .shared_masks import training_proteins
 from .statistics import Record, split_name
 from ..core import PATCH_SIZE, ProtmaeError
@@ -45,11 +45,11 @@ def tested_folders(
     ours, stem = {Path(run["folder"]).name for run in runs}, Path(runs[0]["store"]).stem
     found = []
     for path in sorted(Path(root).glob("ppi-*/test.json")):
-        test = json.loads(path.read_text())
-        checkpoint = test.get("checkpoint")
-        belongs = test["arch"] not in NETWORKS if checkpoint is None else Path(checkpoint).parent.name in ours
-        same_store = f"-{stem}-{test['kind']}-" in path.parent.name
-        if belongs and same_store and (path.parent / "test_scores.npz").exists():
+        if not (path.parent / "test_scores.npz").exists():
+            continue
+        test = read_result(path.parent)
+        is_ours = test.arch not in NETWORKS if test.checkpoint is None else Path(test.checkpoint).parent.name in ours
+        if is_ours and f"-{stem}-{test.kind}-" in path.parent.name:
             found.append(path.parent)
     return found
 

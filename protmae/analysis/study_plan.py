@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRETRAINING', 'PPI', 'REPORT_KEYS', 'TOP_KEYS', 'EMBED_KEYS', 'PUBLISH_KEYS', 'STAGE_KEYS', 'ENCODER_KEYS',
-           'SYSTEM_KEYS', 'GIVEN_BY_PLAN', 'notebook_parameters', 'check_keys', 'folder_name', 'check_names', 'Job',
-           'StudyPlan', 'other_seed', 'read_plan', 'check_plan', 'best_weights', 'run_job', 'publish_job']
+           'SYSTEM_KEYS', 'GIVEN_BY_PLAN', 'ARCHS', 'KINDS', 'notebook_parameters', 'check_keys', 'folder_name',
+           'check_names', 'Job', 'StudyPlan', 'other_seed', 'read_plan', 'check_plan', 'best_weights', 'run_job',
+           'publish_job']
 
 # %% ../../nbs/lib/analysis/06_study_plan.ipynb #16a3eddc
 import json
@@ -20,6 +21,8 @@ from .study_splits import StudySplits, split_group
 from ..core import ProtmaeError
 from ..data.shards import shard_name
 from ..data.tables import parse_columns
+from ..ppi.baselines import BASELINES
+from ..ppi.experiment import NETWORKS
 from ..ppi.publish import publish_classifier, publish_mae
 from ..ppi.splits import LEAKS
 from ..utils.files import write_json
@@ -30,37 +33,21 @@ from ..utils.provenance import provenance
 PRETRAINING = ("02_train_v2", "03_train_v5")
 PPI = "04_train_ppi"
 REPORT_KEYS = ("title", "reference", "questions", "ensembles", "compare")
-TOP_KEYS = (
-    "store",
-    "pairs",
-    "columns",
-    "out",
-    "missing",
-    "embed",
-    "encoders",
-    "systems",
-    "stages",
-    "publish",
-    *REPORT_KEYS,
-)
+TOP_KEYS = (*"store pairs columns out missing embed encoders systems stages publish".split(), *REPORT_KEYS)
 EMBED_KEYS = ("fasta", "model", "dim", "shards", "pca_split")
 PUBLISH_KEYS = ("system", "split", "seed", "folder")
 STAGE_KEYS = ("name", "systems", "splits", "seeds", "test")
 ENCODER_KEYS = ("notebook", "proteins", "more", "run")
 SYSTEM_KEYS = ("encoder", "run")
-GIVEN_BY_PLAN = (
-    "store",
-    "pairs",
-    "runs",
-    "checkpoint",
-    "split",
-    "split_file",
-    "seed",
-    "test",
-    "missing",
-    "columns",
-    "only",
-)
+GIVEN_BY_PLAN = "store pairs runs checkpoint split split_file seed test missing columns only".split()
+ARCHS = *NETWORKS, "baselines", *BASELINES
+KINDS = {  # of values, by their key
+    **dict.fromkeys("name fasta model folder more arch proteins system title reference".split(), str),
+    **dict.fromkeys("head sizes embed encoders systems publish".split(), dict),
+    **dict.fromkeys("stages splits seeds pca_split".split(), list),
+    **dict.fromkeys("dim seed run".split(), int),
+    "encoder": str | None,
+}
 
 
 def notebook_parameters(
@@ -78,8 +65,9 @@ def check_keys(
     given,  # should be a dict
     known,  # names that it may have
     needed=(),  # names that it must have
+    kinds=KINDS,  # name -> type of its value
 ):  # raises `ProtmaeError`
-    "Refuse anything but a dict with these keys."
+    "Refuse anything but a dict with these keys, and values of these kinds."
     if not isinstance(given, dict):
         raise ProtmaeError(f"{where} is {given!r}; expected keys with values")
     unknown = [key for key in given if key not in known]
@@ -88,6 +76,11 @@ def check_keys(
     missing = [key for key in needed if key not in given]
     if missing:
         raise ProtmaeError(f"{where} lacks {', '.join(missing)}")
+    for key, value in given.items():
+        kind = kinds.get(key, object)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            expected = getattr(kind, "__name__", str(kind))
+            raise ProtmaeError(f"{where}: {key} is {value!r}; expected a {expected}")
 
 # %% ../../nbs/lib/analysis/06_study_plan.ipynb #0260a3db
 def folder_name(
@@ -273,13 +266,14 @@ def check_plan(
         if not isinstance(settings[name], str) or not settings[name]:
             raise ProtmaeError(f"{name} is {settings[name]!r}; expected a path")
     check_keys("embed", settings.get("embed", {}), EMBED_KEYS)
+    _check_split("embed.pca_split", *settings.get("embed", {}).get("pca_split", ["C3", 0])[:2])
     shards = settings.get("embed", {}).get("shards", 1)
     if not isinstance(shards, int) or shards < 1:
         raise ProtmaeError(f"embed.shards is {shards!r}; expected 1, 2, ...")
     if "publish" in settings:
-        check_keys("publish", settings["publish"], PUBLISH_KEYS, PUBLISH_KEYS)
+        _check_publish(settings["publish"], settings["systems"])
     for kind in ("encoders", "systems"):
-        check_keys(kind, settings[kind], settings[kind] if isinstance(settings[kind], dict) else ())
+        check_keys(kind, settings[kind], settings[kind], kinds={})
         check_names(kind, settings[kind])
     for name, encoder in settings["encoders"].items():
         _check_encoder(f"encoders.{name}", encoder, nbs)
@@ -287,11 +281,22 @@ def check_plan(
     known = notebook_parameters(Path(nbs) / f"{PPI}.ipynb") - set(GIVEN_BY_PLAN)
     for name, system in settings["systems"].items():
         _check_system(f"systems.{name}", system, settings["encoders"], known)
-    if not isinstance(settings["stages"], list):
-        raise ProtmaeError("stages is no list; expected a list of name, systems, splits and seeds")
     for i, stage in enumerate(settings["stages"], 1):
         _check_stage(f"stage {i}", stage, settings["systems"])
     return StudyPlan(Path(nbs), settings)
+
+
+def _check_publish(publish, systems):
+    check_keys("publish", publish, PUBLISH_KEYS, PUBLISH_KEYS)
+    _check_split("publish", publish["split"], publish["seed"])
+    if publish["system"] not in systems:
+        raise ProtmaeError(f"publish: no system is called {publish['system']!r}")
+
+
+def _check_split(where, kind=None, seed=None):
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+    if not isinstance(kind, str) or kind not in LEAKS or not is_seed:
+        raise ProtmaeError(f"{where} has {kind!r} and {seed!r}; expected one of {', '.join(LEAKS)}, and a seed")
 
 
 def _check_encoder(where, encoder, nbs):
@@ -312,6 +317,8 @@ def _check_system(where, system, encoders, known):
     encoder = system.get("encoder")
     if encoder is not None and encoder not in encoders:
         raise ProtmaeError(f"{where}: encoder {encoder!r} is not in the plan; known are {', '.join(encoders)}")
+    if system["arch"] not in ARCHS:
+        raise ProtmaeError(f"{where}: arch is {system['arch']!r}; expected one of {', '.join(ARCHS)}")
     _check_run(where, system)
 
 
@@ -322,18 +329,17 @@ def _check_run(where, given):
 
 
 def _check_stage(where, stage, systems):
-    check_keys(where, stage, STAGE_KEYS, ("name", "systems", "splits", "seeds"))
+    check_keys(where, stage, STAGE_KEYS, STAGE_KEYS[:-1], KINDS | dict(systems=list))
     known = dict(systems=systems, splits=[*LEAKS, "published"])
     for key, names in known.items():
-        unknown = [name for name in stage[key] if name not in names]
+        unknown = [name for name in stage[key] if not isinstance(name, str) or name not in names]
         if unknown:
             raise ProtmaeError(f"{where}: {key} has {unknown[0]!r}; expected some of {', '.join(names)}")
     if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in stage["seeds"]):
         raise ProtmaeError(f"{where}: seeds are {stage['seeds']!r}; expected whole numbers such as 0, 1, 2")
     if not isinstance(stage.get("test", False), bool):
         raise ProtmaeError(f"{where}: test is {stage['test']!r}; expected true or false")
-    networks = ("v5", "v5.2", "patches")
-    baselines = [name for name in stage["systems"] if systems[name]["arch"] not in networks]
+    baselines = [name for name in stage["systems"] if systems[name]["arch"] not in NETWORKS]
     if baselines and not stage.get("test"):
         raise ProtmaeError(
             f"{where} does not test, and {baselines[0]!r} is a baseline, which has nothing else; give it test: true"

@@ -56,9 +56,13 @@ def chosen_split(
     store,  # `EmbeddingStore`, for 'cluster'
     file=None,  # a split that `save_split` wrote, instead of making it again
     train_share: float = 1,  # of the training pairs that stay
+    test_part: str = None,  # of a published split with several kinds of test pairs: which
 ):  # `Split`; raises `ProtmaeError` where the file holds another split
     "The split that a notebook asks for."
-    split = load_split(file, pairs) if file else make_split(pairs, kind, seed, store=store)
+    if test_part is not None and kind not in ("published", "own"):
+        raise ProtmaeError(f"test_part is {test_part!r}, but the split is {kind}; it belongs to split published")
+    more = {} if test_part is None else dict(test_part=test_part)
+    split = load_split(file, pairs) if file else make_split(pairs, kind, seed, store=store, **more)
     if split.kind != dict(published="own").get(kind, kind) or split.seed != seed:
         raise ProtmaeError(
             f"{file} holds the {split.name} split of seed {split.seed}, asked for were {kind} and {seed}; pass those"

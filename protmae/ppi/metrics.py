@@ -179,7 +179,7 @@ def bootstrap(
     negatives=10,  # per positive, for the other class balance
     threshold=None,  # for the accuracy; None: no accuracy
     level=LEVEL,  # of the intervals
-) -> dict:  # metric -> (low, high), of those that some resample has; raises `ProtmaeError`
+) -> dict:  # metric -> (low, high); (0, 1) where no resample has both classes; raises `ProtmaeError`
     "Percentile intervals over resampled proteins."
     ranking, rng = Ranking(label, score), np.random.default_rng(seed_for(seed, "bootstrap"))
     label, a, b = np.asarray(label), np.asarray(a), np.asarray(b)
@@ -199,7 +199,7 @@ def bootstrap(
     names = ["auroc", "auprc", f"auprc_1to{negatives:g}", "accuracy", f"accuracy_1to{negatives:g}"]
     low, high = _interval(np.concatenate(found, axis=1), level).tolist()
     limits = zip(names, zip(low, high, strict=True), strict=False)
-    return {name: ends for name, ends in limits if np.isfinite(ends).all()}
+    return {name: ends if np.isfinite(ends).all() else (0.0, 1.0) for name, ends in limits}
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #ae98d237
 class PairedDifference(NamedTuple):
@@ -280,7 +280,7 @@ def evaluate(
         intervals = bootstrap(label, score, a, b, resamples, seed, negatives, cuts[0])
         if cuts[1] != cuts[0]:
             other = bootstrap(label, score, a, b, resamples, seed, negatives, cuts[1])
-            intervals |= {name: ends for name, ends in other.items() if name == f"accuracy_{tag}"}
+            intervals[f"accuracy_{tag}"] = other[f"accuracy_{tag}"]
         found["interval"] = {name: [round(limit, 4) for limit in limits] for name, limits in intervals.items()}
     if has_val:
         found["val_auroc"] = auroc(val_label, val_score)

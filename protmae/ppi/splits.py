@@ -172,7 +172,7 @@ def published_split(
     pairs: Pairs,  # with a split column
     seed: int = 0,  # draws validation pairs where the table names none
     val: float = 0.1,  # fraction of the training pairs that become validation pairs then
-    test: str = None,  # the column's value for test pairs, where there is more than one
+    test_part: str = None,  # the column's value for test pairs, where there is more than one
 ) -> Split:  # of kind 'own'; raises `ProtmaeError`
     "The split that the table's authors published."
     if pairs.split is None:
@@ -183,7 +183,7 @@ def published_split(
     column = np.char.lower(pairs.split.astype(str))
     values = np.unique(column).tolist()
     train, val_idx = (np.flatnonzero(np.isin(column, SPLITS[part])) for part in ("train", "val"))
-    known = {*sum(SPLITS.values(), ()), test and test.lower()}
+    known = {*sum(SPLITS.values(), ()), test_part and test_part.lower()}
     unknown = [value for value in values if value not in known and not value.startswith("test")]
     if unknown and len(train):
         counts = ", ".join(f"{value!r} ({np.sum(column == value):,} pairs)" for value in unknown)
@@ -191,11 +191,11 @@ def published_split(
             f"the split column of {pairs.source or 'the table'} holds {counts}; expected train, val or test; "
             "rename them in the table, or remove these pairs"
         )
-    tests = [value for value in values if value.startswith("test")] if test is None else [test.lower()]
+    tests = [value for value in values if value.startswith("test")] if test_part is None else [test_part.lower()]
     if len(tests) != 1 or tests[0] not in values or not len(train):
         raise ProtmaeError(
             f"the split column holds {', '.join(map(repr, values))}; expected 'train' and one kind of test; "
-            "pass test='...' to say which"
+            "pass test_part='...' to say which"
         )
     params = _checked(val=val) | dict(test=tests[0])
     if not len(val_idx):
