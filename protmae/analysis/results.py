@@ -81,9 +81,9 @@ class RunSummary(Record):
     mask_ratio: float
     val_loss: float
     masked_MSE: float
-    skill_vs_interpolation: float  # 1 - MSE / MSE of the baseline; 0 is no better than it
-    skill_vs_mean: float
-    skill_vs_visible_mean: float
+    skill_vs_interpolation: float | None  # 1 - MSE / MSE of the baseline; 0 is no better than it
+    skill_vs_mean: float | None
+    skill_vs_visible_mean: float | None
     proteins_per_s: float  # median over epochs
     residues_per_s: float
     hours: float

@@ -20,7 +20,7 @@ from ..data.batches import is_validation, split_by_protein
 from ..models.hub import load_model, require_space_of
 from ..training.objectives import OBJECTIVES
 from ..training.pretrain import chosen_proteins, protein_set_digest
-from ..training.skill import interpolate
+from ..training.skill import Skill, interpolate
 from ..utils.progress import Progress
 
 # %% ../../nbs/lib/analysis/03_shared_masks.ipynb #9403bcc6
@@ -214,6 +214,9 @@ def summarise_shared_masks(
     for ratio, hidden, errors in zip(found.ratios, found.hidden, found.errors, strict=True):
         means = (weights @ errors.T / (weights @ hidden)[:, None]).T
         mse = dict(zip(SYSTEMS, means, strict=True))
+        perfect = [baseline for baseline in BASELINES if (mse[baseline] <= Skill.smallest).any()]
+        if perfect:
+            raise ProtmaeError(f"{perfect[0]} is without error, so no skill is defined; are the embeddings constant?")
         for model in MODELS:
             skill = {baseline: _with_interval(1 - mse[model] / mse[baseline]) for baseline in BASELINES}
             models.append(ModelError(model, ratio, N, int(hidden.sum()), _with_interval(mse[model]), skill))

@@ -46,8 +46,8 @@ class PretrainSummary(Record):
     parameters: int
     epochs: int
     seconds: float
-    skill: float  # of the best epoch, against interpolation
-    skill_mean: float  # against the mean
+    skill: float | None  # of the best epoch, against interpolation
+    skill_mean: float | None  # against the mean
     commit: str | None = None
     kept: str | None = None  # commit of the earlier report that it comes from
 

@@ -13,13 +13,13 @@ import torch
 
 from ..core import ProtmaeError
 from ..data.batches import PatchBatches, ResidueBatches
-from ..data.patches import PatchCache, n_patches, patch_bounds
-from ..data.row_cache import RowCache
+from ..data.patches import PatchCache, n_patches
+from ..data.row_cache import RowCache, cache_path
 from ..embed.run import token_batches
 from ..models.classifier import token_width
 from ..models.hub import load_model, require_space_of
 from ..models.v2 import TransformerMAE
-from ..ppi.features import TokenCache, encoder_digest
+from ..ppi.features import encoder_digest
 
 # %% ../../nbs/lib/analysis/01_vectors.ipynb #4ec13474
 def _encode(model, batch):
@@ -31,21 +31,6 @@ def _encode(model, batch):
     tokens = model.encoder(None, lengths, batch["patches"])
     mean = tokens[:, 1:].sum(1) / n_patches(lengths, model.encoder.patching)[:, None]  # missing patches are 0
     return dict(cls=tokens[:, 0], mean=mean)
-
-
-def _pool(model, cache, idx):
-    "The same vectors from a `TokenCache`, exact to float16."
-    found = []
-    for start in range(0, len(idx), 256):
-        tokens, lengths = cache.batch(idx[start : start + 256].tolist())
-        if isinstance(model, TransformerMAE):  # a patch mean weighs as much as it has residues
-            starts, ends = patch_bounds(lengths, cache.patching)
-            mean = (tokens * (ends - starts)[..., None]).sum(1) / lengths[:, None]
-            found.append(dict(compressed=model.compress_head(mean), mean=mean))
-        else:
-            mean = tokens[:, 1:].sum(1) / n_patches(lengths, cache.patching)[:, None]
-            found.append(dict(cls=tokens[:, 0], mean=mean))
-    return {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
 
 # %% ../../nbs/lib/analysis/01_vectors.ipynb #d20f21ed
 def _load(checkpoint, store):
@@ -86,7 +71,7 @@ def protein_vectors(
     checkpoint,  # of a V2 or a V5
     store,  # `EmbeddingStore`
     idx=None,  # positions in the store; None: all
-    path=None,  # of the cache; None: beside the store, named by digests
+    path=None,  # of the cache; None: as `cache_path` says, named by digests
     device=None,  # None: a GPU if there is one
     max_tokens=8192,  # residues (V2) or patches (V5) per batch
 ) -> dict:  # name -> (len(idx), width) float32: cls and mean (V5), compressed and mean (V2); raises `ProtmaeError`
@@ -96,14 +81,11 @@ def protein_vectors(
     encoder = model if is_v2 else model.encoder
     patching = "window" if is_v2 else encoder.patching
     idx = np.arange(len(store)) if idx is None else np.asarray(idx, np.int64)
-    tokens = TokenCache.found(encoder, store, mean, std, patching) if path is None else None
-    if tokens:
-        return _pool(model, tokens, idx)
     key = f"{encoder_digest(encoder, mean, std, 'residues' if is_v2 else patching)}-{store.fingerprint}"
     widths = dict(compressed=store.dim) if is_v2 else dict(cls=token_width(encoder))
     widths["mean"] = token_width(encoder)
     columns = {name: (width, "<f4") for name, width in widths.items()}
-    path = path or store.path.with_suffix(f".vectors-{key}.h5")
+    path = path or cache_path(store, f".vectors-{key}.h5")
     rows = RowCache(path, dict(key=key), np.ones(len(store), np.int64), columns)
     if len(rows.missing(idx)):
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -55,11 +55,12 @@ def load_model(
     path,  # .safetensors of ours, a folder that `save_pretrained` wrote, or a V2 .pth trained elsewhere
     mean=None,  # (D,) standardisation, for a .pth, which has none
     std=None,  # (D,)
+    nhead: int = None,  # attention heads, for a .pth, whose shapes do not show them; None: 16, or as many as fit
 ) -> tuple:  # model in eval mode, and a dict: arch, sizes, mean, std (arrays or None), path, space, config, ...
     "A trained model, ready to use. Keys and shapes must fit exactly; raises `ProtmaeError` otherwise."
     state, meta = read_tensors(path)
     if meta is None:
-        meta = dict(arch="v2", sizes=_v2_sizes(path, state), mean=mean, std=std)
+        meta = dict(arch="v2", sizes=_v2_sizes(path, state, nhead), mean=mean, std=std)
     elif "model_class" in meta:  # a folder
         meta = meta | dict(arch=_CLASSES.get(meta["model_class"], meta["model_class"]))
     if not isinstance(meta.get("sizes"), dict) or not isinstance(meta.get("arch"), str):
@@ -74,16 +75,21 @@ def load_model(
     return model.eval(), meta | statistics | dict(path=str(path))
 
 
-def _v2_sizes(path, state):
+def _v2_sizes(path, state, nhead):
     "Sizes of a V2, from the shapes of its weights."
     try:
         width, dim = state["embed.weight"].shape
         layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers."))
+        if nhead is None:
+            nhead = next(n for n in (16, 8, 4, 2, 1) if width % n == 0)
+            print(
+                f"{path} does not say how many attention heads it has; {nhead} assumed, load_model(nhead=...) says it"
+            )
         return dict(
             input_dim=dim,
             embed_dim=width,
             num_layers=layers,
-            nhead=max(1, width // 32),
+            nhead=nhead,
             ff_dim=state["decoder.0.weight"].shape[0],
             max_len=state["pos_embed"].shape[1],
         )

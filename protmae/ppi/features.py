@@ -88,14 +88,6 @@ class TokenCache:
             inputs = EncoderInputs(model, store, mean, std)
             self.rows.fill(partial(self._encoded, model, inputs, max_tokens), proteins, doing="encode proteins")
 
-    @classmethod
-    def found(cls, encoder, store, mean, std, patching: str = "window"):
-        "The cache of this encoder beside this store if an earlier run has left one, else None."
-        cache = cls.__new__(cls)
-        cache._locate(encoder, store, mean, std, patching, None, False)
-        cache.built = False
-        return None if len(cache.rows.missing()) else cache
-
     def _locate(self, encoder, store, mean, std, patching, path, exact):
         self.store, self.patching = store, patching
         self.cls = int(isinstance(encoder, MAEEncoder))  # tokens in front of the patches

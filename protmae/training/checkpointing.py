@@ -39,9 +39,9 @@ class EpochRecord(TypedDict, total=False):
     prelude: int  # 1 in an epoch that learns something else first, and does not decide which epoch is kept
 
     mse: float  # on the masked positions of the validation proteins
-    skill: float  # against linear interpolation
-    skill_mean: float  # against the training mean
-    skill_visible: float  # against the mean of the protein's visible positions
+    skill: float | None  # against linear interpolation
+    skill_mean: float | None  # against the training mean
+    skill_visible: float | None  # against the mean of the protein's visible positions
     proteins_per_s: float
     residues_per_s: float
 

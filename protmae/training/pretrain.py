@@ -24,7 +24,7 @@ from ..data.store import EmbeddingStore
 from ..models.hub import build, save_model
 from .config import hashable_config, make_config
 from .objectives import OBJECTIVES
-from .skill import Skill
+from .skill import Skill, skill_text
 from .trainer import Trainer
 from ..utils.parameters import yes_no
 
@@ -210,7 +210,7 @@ class PretrainTrainer(Trainer):
     def line(self, row) -> str:
         "An epoch's figures in words."
         return (
-            f"val {row['val_loss']:.4f}  skill {row['skill']:+.3f} (mean {row['skill_mean']:+.3f})  "
+            f"val {row['val_loss']:.4f}  skill {skill_text(row['skill'])} (mean {skill_text(row['skill_mean'])})  "
             f"{row['proteins_per_s']:,.1f} proteins/s  {row['residues_per_s']:,.0f} residues/s"
         )
 
@@ -317,5 +317,8 @@ def compare_with_baselines(
     baselines = dict(skill="linear interpolation", skill_mean="the training mean")
     baselines["skill_visible"] = "the mean of the protein's visible positions"
     for name, baseline in baselines.items():
+        if best[name] is None:
+            print(f"  {baseline} is without error, so no skill against it is defined; are the embeddings constant?")
+            continue
         verdict = "better" if best[name] > 0 else "NOT better"
         print(f"  {verdict} than {baseline}: skill {best[name]:+.3f}")

@@ -8,13 +8,13 @@ __all__ = ['GREY', 'SHOWN', 'HIDDEN', 'DIMENSIONS', 'EMBEDDING', 'POSITIONS', 'R
 
 # %% ../../nbs/lib/viz/02_look_figure.ipynb #d6b1f3ba
 import html
-import math
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..analysis.reconstruction import RATIOS, Look, Protein
+from ..training.skill import Skill, skill_text
 from .theme import DASHES, OKABE_ITO
 
 # %% ../../nbs/lib/viz/02_look_figure.ipynb #5516a08a
@@ -102,10 +102,11 @@ def _title(seen):
     first = f"<b>{html.escape(protein.id)}</b>, {protein.x.shape[1]} residues; {hidden}"
     if not seen.mask.any():
         return f"{first}<br><sup>nothing is hidden, so nothing is rebuilt</sup>"
-    skill = 1 - error["model"] / error["interpolation"] if error["interpolation"] > 0 else math.nan
+    has_skill = error["interpolation"] > Skill.smallest
+    skill = 1 - error["model"] / error["interpolation"] if has_skill else None
     return (
         f"{first}<br><sup>mean squared error over what is hidden: model {error['model']:.3f}, "
-        f"interpolation {error['interpolation']:.3f}; skill {skill:+.3f}</sup>"
+        f"interpolation {error['interpolation']:.3f}; skill {skill_text(skill)}</sup>"
     )
 
 # %% ../../nbs/lib/viz/02_look_figure.ipynb #d99e154a

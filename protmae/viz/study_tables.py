@@ -10,6 +10,7 @@ __all__ = ['answer_lines', 'one_run_each', 'question_table', 'validation_table',
 import numpy as np
 
 from ..analysis.statistics import noise_bound, rerun_groups, split_name
+from ..training.skill import skill_text
 from .pages import Table
 from .results import NO_BREAK, difference_text, star, with_interval
 
@@ -114,7 +115,8 @@ def pretraining_table(
     rows = []
     for name in dict.fromkeys(row.encoder for row in study.pretraining):
         runs = [row for row in study.pretraining if row.encoder == name]
-        mean = {key: float(np.mean([getattr(run, key) for run in runs])) for key in ("seconds", "skill", "skill_mean")}
+        values = {key: [getattr(run, key) for run in runs] for key in ("seconds", "skill", "skill_mean")}
+        mean = {key: None if None in found else float(np.mean(found)) for key, found in values.items()}
         rows.append(
             {
                 "encoder": name + max(map(star, runs)),
@@ -122,8 +124,8 @@ def pretraining_table(
                 "parameters": f"{runs[0].parameters:,}",
                 "epochs": runs[0].epochs,
                 "seconds": f"{mean['seconds']:,.0f}",
-                "skill against interpolation": f"{mean['skill']:+.3f}",
-                "skill against the mean": f"{mean['skill_mean']:+.3f}",
+                "skill against interpolation": skill_text(mean["skill"]),
+                "skill against the mean": skill_text(mean["skill_mean"]),
             }
         )
     return Table(rows)
