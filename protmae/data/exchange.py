@@ -11,11 +11,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..core import MAX_LEN, ProtmaeError
+from ..core import MAX_LEN, ProtmaeError, check_number
 from .allocation import reserve
 from .hdf5 import HDF5_ENDINGS, check_local, open_h5
 from .ids import record_id
-from .writer import StoreWriter, create, writer_lock
+from .writer import WIDEST, StoreWriter, create, writer_lock
 from ..utils.files import atomic, check_ending
 from ..utils.progress import Progress
 
@@ -102,8 +102,7 @@ def _check_dataset(source, dataset, name, width_of_first, sequence):
             f"{source}: {name!r} is {dataset.dtype} {dataset.shape}; expected floats of shape (L, D) or (1, L, D)"
         )
     rows, width = shape
-    if not 1 <= width <= 65536:
-        raise ProtmaeError(f"{source}: {name!r} has width {width:,}; expected 1 to 65,536")
+    check_number(f"{source}: width of {name!r}", width, 1, WIDEST, integer=True)
     if shape[1:] != width_of_first:
         raise ProtmaeError(f"{source}: {name!r} has width {width}, the first {width_of_first[0]}; expected one width")
     if rows == 1 and len(sequence or "") != 1:
