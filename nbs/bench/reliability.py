@@ -2,16 +2,17 @@
 
     python nbs/bench/reliability.py [--kills 20] [--out reports/reliability.json]
 
-Each job is killed `--kills` times. It also runs out of space on a tmpfs (where one may be mounted) and under a limit
-on file sizes. Each time it must end like a run without an interruption. A Jupyter kernel is interrupted, and four long
-runs are sampled. A broken promise raises an error. Models and data are small and synthetic. The work is done in memory
-(/dev/shm) where that is allowed: a kill loses nothing from the page cache, so the disk makes no difference. A power cut
-is not tested.
+Each job is killed `--kills` times, and asked to stop (SIGTERM, SIGHUP) half as often. It also runs out of space on a
+tmpfs (where one may be mounted) and under a limit on file sizes. Each time it must end like a run without an
+interruption. A Jupyter kernel is interrupted, and four long runs are sampled. A broken promise raises an error. Models
+and data are small and synthetic. The work is done in memory (/dev/shm) where that is allowed: a kill loses nothing from
+the page cache, so the disk makes no difference. A power cut is not tested.
 """
 
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -31,11 +32,17 @@ SHARES = 0.05, 0.3, 0.55, 0.8, 0.95  # of the space that a job needs
 
 def attack_all(work, options):
     "Everything, in a new folder; returns the figures."
-    figures = dict(kills={}, full_disk={}, soak={})
+    figures = dict(kills={}, stops={}, full_disk={}, soak={})
     templates = prepare(work)
     for job in TEMPLATES:
         figures["kills"][job] = counts = survive(job, templates[job], work, options.kills, options.seed)
         print(f"{job}: {counts['kills']} kills, {counts['while_writing']} while a file was being written", flush=True)
+    for job in TEMPLATES:
+        signals = [signal.SIGTERM, signal.SIGHUP]
+        counts = survive(job, templates[job], work, options.kills // 2, options.seed, signals)
+        figures["stops"][job] = counts
+        print(f"{job}: {counts['kills']} signals, obeyed within {counts['slowest']:.2f} s", flush=True)
+        assert counts["slowest"] < 20, counts
     for job in TEMPLATES:
         figures["full_disk"][job] = {
             "tmpfs": squeeze(job, templates[job], work / "disk" / job, SHARES),

@@ -116,14 +116,18 @@ def _without_twins(ids, sequences, used):
     return kept
 
 
-def _normalise(folder, sources):
-    "Write pairs.tsv and proteins.fasta from the raw files, and say what is in them."
-    raw = folder / "raw"
+def _read_raw(raw, sources):
+    "Pairs, and ids and sequences, as the raw files hold them."
     tables = [_read_pairs(raw / source.name, source) for source in sources if source.kind == "pairs"]
     pairs = pd.concat(tables, ignore_index=True)
     files = [raw / source.name for source in sources if source.kind == "proteins"]
     records = [record for file in files for record in read_sequences(file)]
     ids, sequences, _ = clean_sequences(records, max_len=10**9, allow_nucleotides=True, source=str(raw))
+    return pairs, ids, sequences
+
+
+def _write_plain(folder, pairs, ids, sequences):
+    "Write pairs.tsv and proteins.fasta, and say what is in them."
     used = set(pairs.id_a) | set(pairs.id_b)
     proteins = _without_twins(ids, sequences, used)
     with atomic(folder / "proteins.fasta") as tmp:
@@ -239,7 +243,8 @@ def fetch(
             entry = _fetch_file(source, raw / source.name, checksums.get(source.name, {}), checksums_path)
             checksums[source.name] = entry
         with _forgotten_if_odd(raw, [name for name in new if name not in by_hand]):
-            _normalise(folder, dataset.sources)
+            found = _read_raw(raw, dataset.sources)
+        _write_plain(folder, *found)
         write_json(checksums_path, checksums)
         for name in new:
             digest = checksums[name]["sha256"][:16]
