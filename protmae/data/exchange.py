@@ -13,8 +13,9 @@ import numpy as np
 
 from ..core import MAX_LEN, ProtmaeError, check_number
 from .allocation import reserve
-from .hdf5 import HDF5_ENDINGS, check_local, open_h5
+from .hdf5 import HDF5_ENDINGS, check_local, damaged, open_h5
 from .ids import record_id
+from .store import row_checksum
 from .writer import WIDEST, StoreWriter, create, writer_lock
 from ..utils.files import atomic, check_ending
 from ..utils.progress import Progress
@@ -159,6 +160,8 @@ def import_h5(
     check_ending(path, HDF5_ENDINGS)
     sequences = {record_id(id, whole=True): sequence for id, sequence in (sequences or {}).items()}
     with open_h5(source, "expected one dataset per protein; download it again") as f:
+        if "format_version" in f.attrs and "residues" in f:
+            raise ProtmaeError(f"{source} is a store of protmae already; use it as it is")
         datasets = dict(_find_datasets(f, f, set()))
         if not datasets:
             raise ProtmaeError(f"{source} holds no dataset; expected one per protein")
@@ -193,6 +196,14 @@ def _dataset_names(ids, kind):
     return names
 
 # %% ../../nbs/lib/data/07_exchange.ipynb #9d559e23
+def _whole_rows(store, i):
+    "Rows of protein i as they were written: the tools that get them have no checksums."
+    rows = store[i]
+    if row_checksum(rows) != int(store.checksums[i]):
+        raise damaged(store.path, f"the rows of {store.ids[i]!r} differ from their checksum")
+    return rows
+
+
 def export_h5(
     store,  # `EmbeddingStore`
     path,  # of the new HDF5 file
@@ -221,7 +232,9 @@ def export_h5(
         with h5py.File(tmp, "w") as f, Progress(len(names), "export", "proteins") as progress:
             f.attrs.update(model_name=model, layer=store.layer, fingerprint=store.fingerprint)
             for i, name in enumerate(names):
-                values = store[i] if vectors is None else vectors[i]
+                values = _whole_rows(store, i) if vectors is None else vectors[i]
+                if not np.isfinite(values).all():
+                    raise damaged(store.path, f"what would be written of {store.ids[i]!r} is not finite")
                 dataset = f.create_dataset(name, data=np.float32(values[None] if kind == "dscript" else values))
                 dataset.attrs["original_id"] = store.ids[i]
                 progress.update()

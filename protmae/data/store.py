@@ -139,7 +139,7 @@ class EmbeddingStore:
         path = self.path
         if not path.is_file():
             raise ProtmaeError(
-                f"there is no store at {path}; make one with `protmae embed proteins.fasta {path}` or `protmae demo`"
+                f"there is no store at {path}; make one with `protmae embed proteins.fasta mine.h5` or `protmae demo`"
             )
         with open_h5(path) as f:
             attributes = read_attributes(f)

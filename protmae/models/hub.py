@@ -6,6 +6,8 @@
 __all__ = ['ARCHS', 'build', 'save_model', 'load_model', 'require_space_of']
 
 # %% ../../nbs/lib/models/07_hub.ipynb #2289a74b
+import inspect
+
 import numpy as np
 import torch
 
@@ -28,12 +30,18 @@ def build(
     if not isinstance(arch, str) or arch not in ARCHS:
         raise ProtmaeError(f"arch is {arch!r}; expected one of {', '.join(ARCHS)}")
     check_network(sizes)
+    known = {name: parameter.default for name, parameter in inspect.signature(ARCHS[arch]).parameters.items()}
+    unknown = sorted(set(sizes) - set(known))
+    if unknown:
+        names = ", ".join(known)
+        raise ProtmaeError(f"{arch} cannot be built with sizes that it does not know: {unknown}; it knows {names}")
     try:
         return ARCHS[arch](**sizes)
     except ProtmaeError:
         raise
     except Exception as e:
-        raise ProtmaeError(f"{arch} cannot be built with sizes {sizes}: {e}") from None
+        whole = {name: value for name, value in (known | sizes).items() if isinstance(value, int | float)}
+        raise ProtmaeError(f"{arch} cannot be built with sizes {whole}: {e} (num_heads are nhead)") from None
 
 # %% ../../nbs/lib/models/07_hub.ipynb #b327c5d6
 def save_model(

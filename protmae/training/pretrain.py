@@ -243,10 +243,12 @@ def check_sizes_given(
     sizes,  # as the user passed them
 ) -> dict:  # raises `ProtmaeError` for anything but a dict or None
     "Sizes of the network, other than its defaults."
-    if not isinstance(sizes or {}, dict):
+    if sizes is None:
+        return {}
+    if not isinstance(sizes, dict):
         example = '-y "sizes: {embed_dim: 256}"'
-        raise ProtmaeError(f"sizes is the text {sizes!r}; expected a dict; with papermill pass it as {example}")
-    return sizes or {}
+        raise ProtmaeError(f"sizes is {sizes!r}; expected a dict; with papermill pass it as {example}")
+    return sizes
 
 # %% ../../nbs/lib/training/07_pretrain.ipynb #7f45d840
 def run_dir(

@@ -75,7 +75,8 @@ def make_folder(
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ProtmaeError(f"cannot make the folder {path}: {e.strerror}; choose a folder you may write to") from e
+        reason = "a file is there" if Path(path).is_file() else e.strerror
+        raise ProtmaeError(f"cannot make the folder {path}: {reason}; choose a folder you may write to") from e
 
 # %% ../../nbs/lib/utils/00_files.ipynb #d57c445c
 def _mode_of_new_files(path):

@@ -156,7 +156,7 @@ def _read_pickle(path):
 
 # %% ../../nbs/lib/utils/06_tensors.ipynb #a550d65a
 _COUNTS = {
-    *("input_dim", "embed_dim", "ff_dim", "max_len", "num_layers", "nhead", "n_layers", "n_heads"),
+    *("input_dim", "embed_dim", "ff_dim", "max_len", "num_patches", "num_layers", "nhead", "n_layers", "n_heads"),
     *("decoder_dim", "decoder_layers", "decoder_heads"),
 }
 WIDEST = 65_536  # no dimension of a network or an embedding is larger
