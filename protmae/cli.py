@@ -194,6 +194,7 @@ def train(
     patience: int = None,  # stop after so many epochs without improvement
     max_proteins: int = None,  # train on a random sample
     grad_accum: int = None,  # batches per step
+    precision: str = None,  # of matrix products: float32 or bf16; else bf16 where the device has units for it
     compress_weight: float = None,  # v2 only: weight of the compressed vector's loss
     sizes: str = "{}",  # other sizes of the network, as JSON
     new: bool = False,  # refuse to go on with an earlier run

@@ -1,20 +1,27 @@
 """How fast: pretraining of V5 and V2, the store, and PPI training, against what people would write or pick instead.
 
-    python nbs/bench/speed.py [--rows v5 v2 store ppi memory] [--rounds 3] [--threads 2]
+    python nbs/bench/speed.py [--rows v5 v2 attention store ppi step-memory start memory] [--rounds 3] [--threads 2]
     python nbs/bench/speed.py --tiny --out /tmp/speed.json     # to see that it runs
 
-Ours and the peer run in turn in this process: same threads, same data, same dtype (float32), same optimiser settings.
-Each figure is the median of the rounds, each ratio the median of the rounds' ratios. `share` is the arithmetic done
-per second over what a large float32 matmul reaches here, measured in the same run. Data are SYNTHETIC: lengths drawn
-from the yeast proteome's histogram (numbers in memory.py), embeddings random.
+Ours and the peer run in turn in this process: same threads, same data, same optimiser settings. Ours trains in the
+precision that it chooses on this machine; a row says which, and which the peer's is. Each figure is the median of the
+rounds, each ratio the median of the rounds' ratios. `share` is the arithmetic done per second over what a large matmul
+reaches here in the same precision, measured in the same run. Data are SYNTHETIC: lengths drawn from the yeast
+proteome's histogram (numbers in memory.py), embeddings random.
 
 | row | ours | peer |
 |---|---|---|
 | v5 plain | steps of a real run, patch cache | one HDF5 dataset per protein, residues padded to 1502, all tokens |
-| v5 vitmae | the same | `transformers.ViTMAEForPreTraining` of the same size, on 47 patches from the same cache |
-| v2 | steps of a real run | the same network, nn.TransformerEncoder, padded to 1502 |
+| v5 vitmae | the same | `transformers.ViTMAEForPreTraining` of the same size, on 47 patches from the same cache, in \
+float32 or under bf16 autocast, whichever is faster here |
+| v5 float32 | the same | a run of ours in float32 |
+| v2 plain | steps of a real run | the same network, nn.TransformerEncoder, padded to 1502 |
+| v2 float32 | the same | a run of ours in float32 |
+| attention | forward and backward of attention among the tokens of a batch | torch's `scaled_dot_product_attention` |
 | store | `EmbeddingStore.batch`, 32 random proteins | one HDF5 dataset per protein, see below; a bare numpy memmap |
 | ppi | an epoch of pairs from the token cache | both proteins of every pair through the frozen encoder, every time |
+| step-memory | peak memory of a process that takes V5 steps of 64 proteins | the same in float32 |
+| start | seconds of `import protmae` and of `protmae --help` | |
 | memory | peak memory of a V5 run on 20,000 proteins (memory.py) | every protein's array in a dict |
 
 The HDF5 files of the store's row are written as D-SCRIPT writes them (lzf: float32, LZF), and as plain float16 (hdf).
@@ -22,12 +29,16 @@ Memory is counted besides model and optimiser. For V5 the report also says where
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,6 +53,7 @@ from peers import TINY_PEER_V2, TINY_PEER_V5, PlainV2, PlainV5, adamw, update, v
 from protmae.analysis.flops import count, training_flops
 from protmae.core import MAX_LEN
 from protmae.data.store import EmbeddingStore
+from protmae.models.token_layout import attention
 from protmae.ppi.features import EncoderInputs
 from protmae.ppi.pairs import Pairs
 from protmae.ppi.splits import random_split
@@ -50,7 +62,7 @@ from protmae.training.pretrain import PretrainTrainer
 from protmae.utils.files import write_json
 from protmae.utils.provenance import git_commit, provenance
 
-ROWS = ("v5", "v2", "store", "ppi", "memory")
+ROWS = ("v5", "v2", "attention", "store", "ppi", "step-memory", "start", "memory")
 TINY_V2 = dict(embed_dim=64, num_layers=1, nhead=4, ff_dim=128)
 FOREVER = 1000  # epochs: more than are ever trained here
 YEAST = dict(pairs=60_738, proteins=5_679)  # training pairs of B4PPI yeast, and the proteins in them
@@ -103,11 +115,12 @@ class Steps:
             times = [time.perf_counter()]
             batch = self.next_batch()
             times.append(time.perf_counter())
-            loss, _ = run.loss(batch)
+            with run.arithmetic.autocast():
+                loss, _ = run.loss(batch)
             times.append(time.perf_counter())
-            loss.backward()
+            run.arithmetic.backward(loss)
             times.append(time.perf_counter())
-            torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+            run.arithmetic.clip(run.model, run.config.clip)
             times.append(time.perf_counter())
             run.opt.step()
             run.opt.zero_grad()
@@ -123,7 +136,7 @@ class Steps:
 class Bench:
     "The data, the machine's limits, and the rows measured so far."
 
-    def __init__(self, options, folder):
+    def __init__(self, options, folder, measure=True):
         self.options, self.folder, self.tiny = options, folder, options.tiny
         self.n, self.dim = (160, 96) if options.tiny else (options.proteins, 960)
         self.rng, self.rows = np.random.default_rng(0), {}
@@ -133,30 +146,33 @@ class Bench:
         self.ids, _ = real_store(folder / "store.h5", self.lengths, self.dim, self.rng)
         self.store = EmbeddingStore(folder / "store.h5")
         self.mean, self.std = (torch.as_tensor(values) for values in self.store.mean_std())
-        self.limits = self.machine_limits()
+        self.limits = self.machine_limits() if measure else {}
 
     def machine_limits(self) -> dict:
         "What a matmul and a copy reach."
         n, size = (512, 2**20) if self.tiny else (4096, 2**28)
         one, two = torch.randn(n, n), torch.randn(n, n)
         source, target = torch.ones(size), torch.ones(size)
-        jobs = dict(matmul=partial(torch.matmul, one, two), copy=partial(target.copy_, source))
-        seconds, _ = in_turn(jobs, 5)
-        gflops, rate = 2 * n**3 / seconds["matmul"] / 1e9, 2 * 4 * size / seconds["copy"] / 1e9
+        half = [matrix.bfloat16() for matrix in (one, two)]
+        jobs = dict(float32=partial(torch.matmul, one, two), bf16=partial(torch.matmul, *half))
+        seconds, _ = in_turn(jobs | dict(copy=partial(target.copy_, source)), 5)
+        single, halved = (2 * n**3 / seconds[name] / 1e9 for name in jobs)
+        rate = 2 * 4 * size / seconds["copy"] / 1e9
         print(
-            f"this machine: float32 matmul {gflops:,.0f} GFLOP/s, copy {rate:,.1f} GB/s (read and written), "
-            f"{torch.get_num_threads()} threads"
+            f"this machine: matmul {single:,.0f} GFLOP/s in float32, {halved:,.0f} in bf16, "
+            f"copy {rate:,.1f} GB/s (read and written), {torch.get_num_threads()} threads"
         )
-        return dict(matmul_gflops=gflops, copy_gb_per_s=rate)
+        return dict(matmul_gflops=single, matmul_bf16_gflops=halved, copy_gb_per_s=rate)
 
     def pretraining(self, arch, name, **changes):
         "A run of V2 or V5 on the store."
         sizes = self.sizes_v5 if arch == "v5" else self.sizes_v2
         return PretrainTrainer(arch, self.store, self.folder / name, sizes=sizes, cpu=True, **changes)
 
-    def share(self, flops, seconds) -> float:
-        "Arithmetic per second over what a matmul reaches."
-        return flops / seconds / 1e9 / self.limits["matmul_gflops"]
+    def share(self, flops, seconds, precision="float32") -> float:
+        "Arithmetic per second over what a matmul reaches in that precision."
+        limit = self.limits["matmul_bf16_gflops" if precision == "bf16" else "matmul_gflops"]
+        return flops / seconds / 1e9 / limit
 
     def padded(self, indices, read) -> tuple:
         "Standardised residues (B, 1502, D) and lengths (B,), as one writes it; `read` gives a protein's rows."
@@ -190,9 +206,8 @@ def measure_v5(bench):
 
 def measure_v5_batch(bench, batch, each):
     "V5 at one batch size; `each` is a file with a dataset per protein."
-    run, rng, sizes = bench.pretraining("v5", f"v5-{batch}", epochs=FOREVER, batch_size=batch), bench.rng, {}
-    if bench.tiny:
-        sizes = TINY_PEER_V5
+    settings, rng, sizes = dict(epochs=FOREVER, batch_size=batch), bench.rng, TINY_PEER_V5 if bench.tiny else {}
+    run = bench.pretraining("v5", f"v5-{batch}", **settings)
     plain, vit = PlainV5(bench.dim, **sizes).train(), vitmae(bench.dim, **sizes).train()
     plain_optimizer, vit_optimizer = adamw(plain), adamw(vit)
     steps, count_of_steps = Steps(run), max(1, 64 // batch)
@@ -204,38 +219,39 @@ def measure_v5_batch(bench, batch, each):
         indices = rng.choice(run.train_idx, batch, replace=False)
         update(plain, plain_optimizer, plain(*bench.padded(indices, read)))
 
-    def vit_step():
+    def vit_step(in_bf16):
         patches = run.objective.data.__getitems__(rng.choice(run.train_idx, batch, replace=False))["patches"]
-        update(vit, vit_optimizer, vitmae_loss(vit, patches))
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            loss = vitmae_loss(vit, patches)
+        update(vit, vit_optimizer, loss)
 
-    jobs = dict(ours=partial(steps.take, count_of_steps), plain=plain_step, vitmae=vit_step)
+    jobs = dict(ours=partial(steps.take, count_of_steps), plain=plain_step, vitmae=partial(vit_step, False))
+    if run.precision == "bf16":
+        single = Steps(bench.pretraining("v5", f"v5-{batch}-float32", precision="float32", **settings))
+        jobs |= dict(vitmae_bf16=partial(vit_step, True), float32=partial(single.take, count_of_steps))
     timing = in_turn(jobs, bench.options.rounds)
     flops = training_flops(run.model, bench.lengths[run.train_idx])
     parts = steps.parts()
     words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
     print(f"v5, batch {batch}, seconds of a step: {words}", flush=True)
-    amount = dict(ours=batch * count_of_steps, plain=batch, vitmae=batch)
-    for peer, model, goal in (("plain", plain, 6), ("vitmae", vit, 1.8)):
-        bench.add(
-            f"v5 {peer} {batch}",
-            "proteins/s",
-            amount,
-            timing,
-            peer,
-            goal,
-            batch=batch,
-            share=bench.share(flops * batch * count_of_steps, timing[0]["ours"]),
-            gflop_per_protein=flops / 1e9,
-            seconds_of_a_step=parts,
-            peer_parameters=count(model),
-            our_parameters=run.n_params,
-        )
+    amount = dict.fromkeys(jobs, batch) | dict.fromkeys({"ours", "float32"} & jobs.keys(), batch * count_of_steps)
+    vits = [name for name in jobs if name.startswith("vitmae")]
+    peers = dict(plain=("plain", plain, 6), vitmae=(min(vits, key=timing[0].get), vit, {16: 2.5, 64: 3}[batch]))
+    if "float32" in jobs:
+        peers["float32"] = "float32", run.model, {16: 2, 64: 2.5}[batch]
+    share = bench.share(flops * batch * count_of_steps, timing[0]["ours"], run.precision)
+    about = dict(batch=batch, precision=run.precision, share=share, gflop_per_protein=flops / 1e9)
+    about |= dict(seconds_of_a_step=parts, our_parameters=run.n_params)
+    for name, (peer, model, goal) in peers.items():
+        theirs = dict(peer_precision="bf16" if peer.endswith("bf16") else "float32", peer_parameters=count(model))
+        bench.add(f"v5 {name} {batch}", "proteins/s", amount, timing, peer, goal, **about, **theirs)
 
 
 def measure_v2(bench):
     "A whole epoch of V2, long and short batches as they come, against steps of the padded network."
     batch, sizes = (4, TINY_PEER_V2) if bench.tiny else (32, {})
-    run = bench.pretraining("v2", "v2", epochs=FOREVER, batch_size=batch)
+    settings = dict(epochs=FOREVER, batch_size=batch)
+    run = bench.pretraining("v2", "v2", **settings)
     plain = PlainV2(bench.dim, **sizes).train()
     optimizer = adamw(plain)
 
@@ -244,13 +260,38 @@ def measure_v2(bench):
         update(plain, optimizer, plain(*bench.padded(indices, bench.store.__getitem__)))
 
     jobs = dict(ours=partial(Steps(run).take, len(run.train_dl)), plain=plain_step)
+    if run.precision == "bf16":
+        single = Steps(bench.pretraining("v2", "v2-float32", precision="float32", **settings))
+        jobs["float32"] = partial(single.take, len(run.train_dl))
     timing = in_turn(jobs, min(bench.options.rounds, 3), warm=0)
     residues = float(bench.lengths[run.train_idx].sum())
     # a padded batch costs the same whoever is in it: scaled by the mean length
-    amount = dict(ours=residues, plain=batch * residues / len(run.train_idx))
+    amount = dict(ours=residues, float32=residues, plain=batch * residues / len(run.train_idx))
     flops = training_flops(run.model, bench.lengths[run.train_idx]) * len(run.train_idx)
-    share = bench.share(flops, timing[0]["ours"])
-    bench.add("v2 plain", "residues/s", amount, timing, "plain", 4.5, batch=batch, share=share)
+    about = dict(batch=batch, precision=run.precision, peer_precision="float32")
+    about["share"] = bench.share(flops, timing[0]["ours"], run.precision)
+    for peer, goal in (("plain", 4.5), ("float32", 2.8)):
+        if peer in jobs:
+            bench.add(f"v2 {peer}", "residues/s", amount, timing, peer, goal, **about)
+
+
+def measure_attention(bench):
+    "Attention among the tokens of 64 proteins, of V5's encoder and decoder and of one long protein of V2."
+    shapes = dict(encoder=(64, 12, 13, 64), decoder=(64, 8, 47, 32), v2=(1, 16, 450, 32))
+    if bench.tiny:
+        shapes = dict(encoder=(2, 2, 13, 8))
+    for (name, shape), dtype in itertools.product(shapes.items(), (torch.float32, torch.bfloat16)):
+        inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
+
+        def both_ways(function, inputs=inputs):
+            torch.autograd.grad(function(*inputs).sum(), inputs)
+
+        jobs = dict(ours=partial(both_ways, partial(attention, mask=None)))
+        jobs["torch"] = partial(both_ways, F.scaled_dot_product_attention)
+        timing = in_turn(jobs, 5 * bench.options.rounds, warm=2)
+        precision = "bf16" if dtype == torch.bfloat16 else "float32"
+        amount = dict(ours=shape[0], torch=shape[0])
+        bench.add(f"attention {name} {precision}", "proteins/s", amount, timing, "torch", None, precision=precision)
 
 
 def write_each(path, bench, **options):
@@ -358,6 +399,41 @@ def measure_ppi(bench):
     bench.add("ppi", "pairs/s", amount, timing, "naive", 10, batch=batch, **more)
 
 
+def peak_of_steps(options, precision) -> int:
+    "Bytes that a process of its own has held at most, over some V5 steps of 64 proteins."
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, Path(folder), measure=False)
+        run = bench.pretraining("v5", "v5", epochs=FOREVER, batch_size=64, precision=precision)
+        steps = Steps(run)
+        with run.arithmetic.memory():
+            steps.take(6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_step_memory(bench):
+    "Peak memory of training steps in both precisions."
+    peaks = {}
+    for precision in ("bf16", "float32"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            peaks[precision] = pool.submit(peak_of_steps, bench.options, precision).result()
+    ratio = peaks["bf16"] / peaks["float32"]
+    print(f"peak memory of V5 steps of 64: {peaks['bf16'] / 1e9:.2f} GB in bf16, {ratio:.2f} times float32's (goal 1)")
+    bench.rows["step-memory"] = dict(commit=git_commit(), unit="bytes", ratio=ratio, goal=1, **peaks)
+
+
+def measure_start(bench):
+    "Import, and help on the command line, in processes of their own."
+    commands = dict(import_protmae=["-c", "import protmae"], help=["-m", "protmae.cli", "--help"], nothing=["-c", ""])
+    jobs = {
+        name: partial(subprocess.run, [sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+        for name, words in commands.items()
+    }
+    seconds, _ = in_turn(jobs, 5)
+    print(f"start: import {seconds['import_protmae']:.2f} s, --help {seconds['help']:.2f} s (goals 0.2, 0.3)")
+    goal = dict(import_protmae=0.2, help=0.3)
+    bench.rows["start"] = dict(commit=git_commit(), unit="s", goal=goal, seconds=seconds)
+
+
 def measure_memory(bench):
     "memory.py, whose figures stand in a file of their own; not at the tiny size."
     if bench.tiny:
@@ -368,7 +444,16 @@ def measure_memory(bench):
     bench.rows["memory"] = dict(see=out.name)
 
 
-MEASURES = dict(v5=measure_v5, v2=measure_v2, store=measure_store, ppi=measure_ppi, memory=measure_memory)
+MEASURES = {
+    "v5": measure_v5,
+    "v2": measure_v2,
+    "attention": measure_attention,
+    "store": measure_store,
+    "ppi": measure_ppi,
+    "step-memory": measure_step_memory,
+    "start": measure_start,
+    "memory": measure_memory,
+}
 
 
 def earlier_rows(options) -> dict:

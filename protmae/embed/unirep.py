@@ -57,7 +57,6 @@ class UniRep:
         device=None,  # 'cpu' or 'cuda'; None: a GPU if there is one
     ):
         self.source = "unirep" if weights is None else ""
-        self.source = "unirep" if weights is None else ""
         if not isinstance(weights, dict):
             with np.load(find_weights(weights), allow_pickle=False) as arrays:
                 weights = {name: arrays[name] for name in arrays.files}
@@ -74,7 +73,6 @@ class UniRep:
         self.gates_of_factor = self._linear(matrix["h"].float())  # m -> m W_h
         self.dim = len(matrix["mh"])
         self.name = f"unirep-{self.dim}"
-        self.identity = weights_digest(weights.values())
         self.identity = weights_digest(weights.values())
 
     @staticmethod

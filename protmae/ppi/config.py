@@ -50,7 +50,9 @@ class PPIConfig(CheckedConfig):
     clip: float = 1.0  # largest norm of the gradient
     patience: int | None = 3  # stop after so many epochs without improvement
     grad_accum: int = 1  # batches a step
-    precision: str | None = None  # of matrix products: 'float32' or 'bf16'; None: bf16 on a GPU, float32 on a CPU
+    precision: str | None = (
+        None  # of matrix products: 'float32' or 'bf16'; None: bf16 where the device has units for it
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -79,7 +79,7 @@ def check_saved_classifier(
     indices = run.split.val[: run.config.batch_size]
     batch = next(iter(run.loader(run.data, EpochSampler(indices, len(indices), None, shuffle=False))))
     inputs = {name: value for name, value in batch.items() if name not in ("label", "index", "own")}
-    with run.autocast():
+    with run.arithmetic.autocast():
         same = torch.equal(run.logits(batch), PairScorer(net)(**inputs))
     if differing or not same:
         what = f"weights {', '.join(differing[:3])}" if differing else "scores"

@@ -150,6 +150,8 @@ class PairScorer(nn.Module):
 class PPITrainer(Trainer):
     "One run of V5.2 (a V2 checkpoint), V5 native (a V5 checkpoint) or the same head without an encoder."
 
+    mostly_products = False  # bfloat16 made it 1.2 times as fast at 768 dimensions, 1.0 times at 256
+
     def __init__(
         self,
         checkpoint,  # of a pretrained V2 or V5; None: no encoder, the head reads patch means
@@ -293,7 +295,7 @@ class PPITrainer(Trainer):
         self.model.eval()
         probabilities = torch.zeros(len(self.pairs), dtype=torch.float64, device=self.acc.device)
         for batch in self.loader(self.data, EpochSampler(indices, self.config.batch_size, None, shuffle=False)):
-            with self.autocast():
+            with self.arithmetic.autocast():
                 logits = self.logits(batch).float()
             if batch.get("own", True):
                 probabilities[batch["index"]] = torch.sigmoid(logits.double())

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ..core import ProtmaeError
 from ..data.writer import writer_lock
+from .config import PRECISIONS
 from ..utils.files import atomic, write_json
 from ..utils.provenance import git_commit, provenance
 
@@ -179,8 +180,20 @@ class RunFolder:
 
     def extended(self) -> list[int]:
         "After which epochs the run, finished by then, was extended to more."
+        return self._told("extended", [])
+
+    def precision(self) -> str | None:
+        "In which precision the run began: 'bf16' or 'float32'; None for a run that does not say."
+        precision = self._told("precision", None)
+        if precision not in (None, *PRECISIONS):
+            raise ProtmaeError(
+                f"{self.path / 'run.json'} has the precision {precision!r}; expected one of {PRECISIONS}"
+            )
+        return precision
+
+    def _told(self, name, default):
         path = self.path / "run.json"
-        return json.loads(path.read_text()).get("extended", []) if path.exists() else []
+        return json.loads(path.read_text()).get(name, default) if path.exists() else default
 
     def write_log(self, history: list):
         "All epochs so far, one JSON line each; written whole, so no epoch is missing or there twice."

@@ -55,7 +55,9 @@ class PretrainConfig(CheckedConfig):
     clip: float = 1.0  # largest norm of the gradient
     patience: int | None = None  # stop after so many epochs without improvement
     grad_accum: int = 1  # batches a step
-    precision: str | None = None  # of matrix products: 'float32' or 'bf16'; None: bf16 on a GPU, float32 on a CPU
+    precision: str | None = (
+        None  # of matrix products: 'float32' or 'bf16'; None: bf16 where the device has units for it
+    )
 
 # %% ../../nbs/lib/training/00_config.ipynb #ea301b42
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import ProtmaeError
+from .products import uses_gpu
 
 # %% ../../nbs/lib/training/05_parts.ipynb #93d8b8e3
 class RankSubset(Dataset):
@@ -177,9 +178,10 @@ def make_accelerator(
     cpu: bool = False,  # do not use a GPU
     out=None,  # folder of the run
     log_with=None,  # see `check_tracker`
-) -> tuple:  # `Accelerator`, and the precision: 'bf16' or 'float32'; raises `ProtmaeError`
+    begun: str = None,  # the precision in which the run began; None: of the time when runs did not write it down
+) -> tuple:  # `Accelerator`, and the precision; raises `ProtmaeError`
     "The device of a run. accelerate keeps one device for a process, so another one is refused."
-    gpu = torch.cuda.is_available() and not cpu  # Apple's MPS has no float64, which the sums need
+    gpu = uses_gpu(cpu)
     if PartialState._shared_state and (PartialState().device.type == "cuda") != gpu:
         raise ProtmaeError(
             f"this process has trained on {PartialState().device.type} before, now a run is to use "
@@ -187,7 +189,7 @@ def make_accelerator(
         )
     if gpu:
         torch.backends.cuda.enable_cudnn_sdp(False)
-    precision = config.precision or ("bf16" if gpu else "float32")
+    precision = config.precision or begun or ("bf16" if gpu else "float32")
     unused = getattr(config, "compress_weight", None) == 0  # V2's compressed vector gets no gradient then
     accelerator = Accelerator(
         cpu=not gpu,

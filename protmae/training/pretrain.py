@@ -123,6 +123,7 @@ class PretrainTrainer(Trainer):
         if compiled or (compiled is None and on_card and self.acc.num_processes == 1):
             mode = "reduce-overhead" if on_card else None
             self.compiled = torch.compile(self.model, mode=mode, dynamic=False)
+            self.arithmetic.products = None  # compiled steps have their own
 
     def facts(self, shortest: int) -> dict:
         "What `run.json` holds besides the settings."
@@ -171,9 +172,10 @@ class PretrainTrainer(Trainer):
         counts = torch.stack([self.objective.counts(part, self.config) for part in parts])
         total, loss = counts.sum(0).clamp(min=1), 0.0
         for part, count in zip(parts, counts, strict=True):
-            terms, _ = self.objective.loss(self.model, part, self.config, self.mask_key())
+            with self.arithmetic.autocast():
+                terms, _ = self.objective.loss(self.model, part, self.config, self.mask_key())
             weighted = sum(mean * share for (mean, _), share in zip(terms, count / total, strict=False))
-            self.acc.backward(weighted)
+            self.arithmetic.backward(weighted)
             loss = loss + weighted.detach()
         return loss, total[0]
 
@@ -221,7 +223,7 @@ class PretrainTrainer(Trainer):
         mine = torch.zeros(2, dtype=torch.float64, device=self.acc.device)  # losses times values, values
         for batch in self.val_dl:
             counted = batch.get("own", True)
-            with self.autocast():
+            with self.arithmetic.autocast():
                 terms, reconstruction = self.objective.loss(self.model, batch, self.config, key)
             loss, count = self.weighted_loss(terms, counted)
             count = torch.as_tensor(count, dtype=torch.float64, device=mine.device)

@@ -21,6 +21,7 @@ from ..core import ProtmaeError, check_number, seed_for
 from .checkpointing import EpochRecord, Position, RunFolder, TrainingState, first_nonfinite
 from .optim import Schedule, optimizer_for
 from .parts import PendingLosses, make_accelerator, make_loader, tracking, weighted_loss
+from .products import Arithmetic, default_precision
 from ..utils.interrupt import stop_softly
 from ..utils.progress import Progress, format_duration, is_headless
 
@@ -30,10 +31,11 @@ class Trainer:
 
     A subclass calls `__init__`, makes its model and data, and calls `start`. It declares
     `arch`, `store`, `intro`, `loss`, `validate`, `monitor`, `rates`, `line`, `names`, `proteins`, `save_weights`,
-    and may override `backward` and `contrastive_epochs`. Nothing else is overridden.
+    and may override `backward`, `contrastive_epochs` and `mostly_products`. Nothing else is overridden.
     """
 
     contrastive_epochs = 0  # epochs that learn something else first; they do not decide which epoch is kept
+    mostly_products = True  # the time of a step is that of matrix products: a CPU's units for bfloat16 are used unasked
 
     def __init__(
         self,
@@ -50,9 +52,10 @@ class Trainer:
         self.out, self.config, self.resume = Path(out), config, resume
         self.save_minutes = check_number("save_minutes", save_minutes, 0)
         self.folder = RunFolder(out)
+        precision = config.precision or default_precision(cpu, self.mostly_products)
         if not int(os.environ.get("RANK", 0)):  # one process decides for all
-            self.folder.claim(settings, facts, resume, extend)
-        self.acc, self.precision = make_accelerator(config, cpu, self.out, log_with)
+            self.folder.claim(settings, facts | dict(precision=precision), resume, extend)
+        self.acc, self.precision = make_accelerator(config, cpu, self.out, log_with, self.folder.precision())
 
     def start(
         self,
@@ -66,6 +69,7 @@ class Trainer:
         self.sampler = sampler
         optimizer = optimizer_for(model, self.config.lr, self.config.weight_decay)
         self.model, self.opt = self.acc.prepare(model, optimizer)
+        self.arithmetic = Arithmetic(self.acc, self.precision, self.model, self.opt.optimizer)
         self.train_dl, self.val_dl = self.loader(data, sampler), self.loader(data, val_sampler)
         steps_per_epoch = math.ceil(len(self.train_dl) / self.config.grad_accum)
         self.extended = self.folder.extended()
@@ -118,7 +122,7 @@ class Trainer:
         self.announce()
         settings = asdict(self.config) | dict(arch=self.arch)
         tracked = tracking(self.acc, self.out, settings)
-        with self.run_lock(), tracked, stop_softly() as stop, self.progress() as bar:
+        with self.run_lock(), tracked, self.arithmetic.memory(), stop_softly() as stop, self.progress() as bar:
             self.model.train()
             while not self.finished:
                 self.train_epoch(stop, bar)
@@ -173,25 +177,18 @@ class Trainer:
             self.opt.zero_grad()
         self.position.step += 1
 
-    def autocast(self):
-        "Matrix products in the run's precision; on a CPU by torch, since accelerate cannot change it within a process."
-        if self.acc.device.type != "cpu":
-            return self.acc.autocast()
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
-
     def backward(self, batch) -> tuple:  # the batch's loss, and how many values it is a mean of
         "Gradients of one batch."
-        with self.autocast():
+        with self.arithmetic.autocast():
             loss, count = self.loss(batch)
-        self.acc.backward(loss)
+        self.arithmetic.backward(loss)
         return loss, count
 
     def clip_gradient(self, device):
         "Clip the gradient when it is whole; its norm before that, 0 between accumulated batches."
         if not self.acc.sync_gradients:
             return torch.zeros((), device=device)
-        norm = self.acc.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: all processes take part
+        return self.arithmetic.clip(self.model, self.config.clip)
 
     def finish_epoch(self):
         "Validate, add a row to the log, keep the best weights."
@@ -361,7 +358,8 @@ class Trainer:
     def announce(self):
         "What is trained on what, and from where on."
         processes = self.acc.num_processes
-        text = f"{self.intro()}, {self.config.epochs} epochs of {len(self.train_dl)} batches on {self.acc.device.type}"
+        text = f"{self.intro()}, {self.config.epochs} epochs of {len(self.train_dl)} batches "
+        text += f"on {self.acc.device.type} in {self.precision}"
         if processes > 1:
             text += f", {processes} processes{' (FSDP)' if self.state.is_fsdp else ''}"
         if self.resumed:
