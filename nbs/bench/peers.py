@@ -121,8 +121,9 @@ def vitmae(
     embeddings = model.vit.embeddings
     embeddings.image_size = embeddings.patch_embeddings.image_size = (1, N_PATCHES)
     embeddings.num_patches = embeddings.patch_embeddings.num_patches = N_PATCHES
-    zeros = [nn.Parameter(torch.zeros(1, N_PATCHES + 1, d), requires_grad=False) for d in (dim, decoder_dim)]
-    embeddings.position_embeddings, model.decoder.decoder_pos_embed = zeros
+    # not zeros: an empty patch would be a constant token, and the norm's epsilon of 1e-12 blows its gradient up
+    positions = [small_parameter(1, N_PATCHES + 1, d).requires_grad_(False) for d in (dim, decoder_dim)]
+    embeddings.position_embeddings, model.decoder.decoder_pos_embed = positions
     model.decoder.decoder_pred = nn.Linear(decoder_dim, input_dim)
     return model
 
