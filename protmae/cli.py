@@ -37,6 +37,7 @@ def embed(
     shard: str = None,  # write only this shard, such as 3/8, counted from 0: each machine embeds a part
     columns: str = None,  # of a table, where its names are not recognised: id=Entry,sequence=Sequence
     allow_nucleotides: bool = False,  # embed what looks like DNA or RNA
+    precision: str = None,  # of the model's matrix products: float32 or bf16; else what suits model and device
 ):
     "Embed the proteins of a FASTA file into a store; run it again to go on after an interruption."
     from protmae.embed.run import embed_fasta
@@ -45,7 +46,7 @@ def embed(
     if shard and shards not in (None, total):
         raise ProtmaeError(f"--shards {shards} and --shard {shard} contradict each other; give one of them")
     options = dict(layer=layer, dim=dim, pca_ids=pca_ids, device=device, max_tokens=max_tokens, like=like)
-    options |= dict(columns=columns, allow_nucleotides=allow_nucleotides)
+    options |= dict(columns=columns, allow_nucleotides=allow_nucleotides, precision=precision)
     embed_fasta(fasta, store, model, shards=total, shard=which, **options)
 
 # %% ../nbs/lib/99_cli.ipynb #bb6fbecf

@@ -105,11 +105,16 @@ class Steps:
 
     def take(self, count):
         "Train on so many batches."
-        for _ in range(count):
-            self.run.train_step(self.next_batch())
+        with self.run.arithmetic.memory():  # as `fit` does
+            for _ in range(count):
+                self.run.train_step(self.next_batch())
 
     def parts(self, count=5) -> dict:
         "Seconds of each part of a training step, median: what `train_step` does, taken apart."
+        with self.run.arithmetic.memory():
+            return self._parts(count)
+
+    def _parts(self, count):
         run, found = self.run, []
         for _ in range(count + 1):
             times = [time.perf_counter()]
@@ -210,7 +215,7 @@ def measure_v5_batch(bench, batch, each):
     run = bench.pretraining("v5", f"v5-{batch}", **settings)
     plain, vit = PlainV5(bench.dim, **sizes).train(), vitmae(bench.dim, **sizes).train()
     plain_optimizer, vit_optimizer = adamw(plain), adamw(vit)
-    steps, count_of_steps = Steps(run), max(1, 64 // batch)
+    steps, in_a_row = Steps(run), 4  # a run takes thousands: the first one after another job finds no memory
 
     def read(i):
         return each[bench.ids[i]][:]
@@ -219,27 +224,28 @@ def measure_v5_batch(bench, batch, each):
         indices = rng.choice(run.train_idx, batch, replace=False)
         update(plain, plain_optimizer, plain(*bench.padded(indices, read)))
 
-    def vit_step(in_bf16):
-        patches = run.objective.data.__getitems__(rng.choice(run.train_idx, batch, replace=False))["patches"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-            loss = vitmae_loss(vit, patches)
-        update(vit, vit_optimizer, loss)
+    def vit_steps(in_bf16):
+        for _ in range(in_a_row):
+            patches = run.objective.data.__getitems__(rng.choice(run.train_idx, batch, replace=False))["patches"]
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+                loss = vitmae_loss(vit, patches)
+            update(vit, vit_optimizer, loss)
 
-    jobs = dict(ours=partial(steps.take, count_of_steps), plain=plain_step, vitmae=partial(vit_step, False))
+    jobs = dict(ours=partial(steps.take, in_a_row), plain=plain_step, vitmae=partial(vit_steps, False))
     if run.precision == "bf16":
         single = Steps(bench.pretraining("v5", f"v5-{batch}-float32", precision="float32", **settings))
-        jobs |= dict(vitmae_bf16=partial(vit_step, True), float32=partial(single.take, count_of_steps))
+        jobs |= dict(vitmae_bf16=partial(vit_steps, True), float32=partial(single.take, in_a_row))
     timing = in_turn(jobs, bench.options.rounds)
     flops = training_flops(run.model, bench.lengths[run.train_idx])
     parts = steps.parts()
     words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
     print(f"v5, batch {batch}, seconds of a step: {words}", flush=True)
-    amount = dict.fromkeys(jobs, batch) | dict.fromkeys({"ours", "float32"} & jobs.keys(), batch * count_of_steps)
+    amount = dict.fromkeys(jobs, batch * in_a_row) | dict(plain=batch)
     vits = [name for name in jobs if name.startswith("vitmae")]
     peers = dict(plain=("plain", plain, 6), vitmae=(min(vits, key=timing[0].get), vit, {16: 2.5, 64: 3}[batch]))
     if "float32" in jobs:
         peers["float32"] = "float32", run.model, {16: 2, 64: 2.5}[batch]
-    share = bench.share(flops * batch * count_of_steps, timing[0]["ours"], run.precision)
+    share = bench.share(flops * batch * in_a_row, timing[0]["ours"], run.precision)
     about = dict(batch=batch, precision=run.precision, share=share, gflop_per_protein=flops / 1e9)
     about |= dict(seconds_of_a_step=parts, our_parameters=run.n_params)
     for name, (peer, model, goal) in peers.items():
@@ -404,9 +410,7 @@ def peak_of_steps(options, precision) -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder), measure=False)
         run = bench.pretraining("v5", "v5", epochs=FOREVER, batch_size=64, precision=precision)
-        steps = Steps(run)
-        with run.arithmetic.memory():
-            steps.take(6)
+        Steps(run).take(6)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -325,7 +325,8 @@ def describe(
     size = sum(file.stat().st_size for file in store.files) / 1e6
     shards = f", in {len(store.files)} shards" if len(store.files) > 1 else ""
     print(f"{store.path}: {len(store):,} proteins, {int(store.lengths.sum()):,} residues x {store.dim} dims, float16")
-    print(f"embedding space {store.space}; fingerprint {store.fingerprint}; {size:,.1f} MB on disk{shards}")
+    precision = f", computed in {store.attrs['precision']}" if "precision" in store.attrs else ""
+    print(f"embedding space {store.space}{precision}; fingerprint {store.fingerprint}; {size:,.1f} MB on disk{shards}")
     if store.attrs.get("note"):
         print(store.attrs["note"])
     if store.pending:

@@ -25,6 +25,7 @@ class Embedder(Protocol):
     layer: str  # which of its layers, likewise
     dim: int  # columns of every embedding
     max_tokens: int  # what the caller should put into one batch at most, padding counted
+    # and, where it has one, `precision`, 'bf16' or 'float32': also recorded
 
     def embed(
         self,

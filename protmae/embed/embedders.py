@@ -19,6 +19,7 @@ def get_embedder(
     name,  # esmc_300m, esmc_600m, unirep, an ESM-2 such as esm2_t33_650M_UR50D, a hub name, or a local folder
     device=None,  # 'cpu', 'cuda'; None: a GPU if there is one
     layer=None,  # which layer's output, counted from 1; None: the last
+    precision=None,  # of matrix products, 'bf16' or 'float32'; None: what suits the model and the device
 ) -> Embedder:  # raises `ProtmaeError` for an unknown name
     "The embedder of that name."
     choose_device(device)
@@ -28,11 +29,11 @@ def get_embedder(
             raise ProtmaeError(f"layer is {layer}, and UniRep has only one; leave it out")
         from protmae.embed.unirep import UniRep
 
-        return UniRep(device=device)
+        return UniRep(device=device, precision=precision)
     if name.startswith(("esmc_", "esm2")) or "/" in name or Path(name).is_dir():
         from protmae.embed.language_models import LanguageModel
 
-        return LanguageModel(name, device, layer)
+        return LanguageModel(name, device, layer, precision=precision)
     raise ProtmaeError(
         f"unknown language model {name!r}; expected esmc_300m, esmc_600m, unirep, an ESM-2 such as "
         "esm2_t33_650M_UR50D, a hub name such as Rostlab/prot_t5_xl_half_uniref50-enc, or a local folder"
@@ -62,14 +63,15 @@ def embedder_for(
     layer=None,  # counted from 1, where there is no space
     space: EmbeddingSpace = None,  # to embed into
     like=None,  # what it was read from, for messages
+    precision=None,  # 'bf16' or 'float32'
 ) -> Embedder:  # raises `ProtmaeError` where it cannot be loaded
     "The language model that is named, or else that of the space, which was read from `like`."
     if space is None:
-        return get_embedder(model or "esmc_300m", device, layer)
+        return get_embedder(model or "esmc_300m", device, layer, precision)
     if model is not None:
-        return get_embedder(model, device, space.layer_number)
+        return get_embedder(model, device, space.layer_number, precision)
     try:
-        return get_embedder(space.source or space.model, device, space.layer_number)
+        return get_embedder(space.source or space.model, device, space.layer_number, precision)
     except ProtmaeError as e:
         raise ProtmaeError(
             f"{like} was embedded with {space.model}, and {space.source or space.model} cannot be loaded by that name "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core import MAX_LEN, ProtmaeError, check_number
 from .base import choose_device, optional_module, weights_digest
+from ..utils.processor import check_precision, default_precision
 
 # %% ../../nbs/lib/embed/01_language_models.ipynb #85efac90
 @dataclass(frozen=True)
@@ -182,9 +183,12 @@ class LanguageModel:
         layer: int = None,  # counted from 1; None: the last, behind the final norm
         model: nn.Module = None,  # a ready model of transformers, in its own precision; changed where `layer` is given
         tokenizer=None,  # of that model
+        precision: str = None,  # of matrix products, 'bf16' or 'float32'; None: bf16 where the device has units for it
     ):
         name = str(name)
         self.device = choose_device(device)
+        on_cpu = self.device.type == "cpu"
+        self.precision = check_precision(precision) or default_precision(on_cpu)
         if model is None:
             model, tokenizer = load_pretrained(model_source(name))
         self.layer = keep_layers(model, layer)
@@ -192,12 +196,13 @@ class LanguageModel:
         self.source = "" if Path(name).is_dir() else model_source(name)
         self.identity = weights_digest(model.parameters())
         self.dim = model.config.hidden_size
-        self.max_tokens = 32768 if self.device.type == "cuda" else 4096
+        self.max_tokens = 1024 if on_cpu else 32768  # what a processor's cache holds is quicker
         self.alphabet = Alphabet.from_tokenizer(tokenizer, FAMILIES[model.config.model_type].as_unknown)
         self.model = model.to(self.device).eval()
 
     def __repr__(self):
-        return f"LanguageModel({self.name!r}, dim={self.dim}, layer={self.layer!r}, device='{self.device}')"
+        about = f"dim={self.dim}, layer={self.layer!r}, device='{self.device}', precision={self.precision!r}"
+        return f"LanguageModel({self.name!r}, {about})"
 
     @torch.no_grad()
     def embed(
@@ -209,7 +214,7 @@ class LanguageModel:
             return []
         tokens = self.alphabet.tokens(sequences).to(self.device)
         real = (tokens != self.alphabet.padding).long()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             hidden = self.model(input_ids=tokens, attention_mask=real).last_hidden_state
         hidden, first = hidden.float().cpu().numpy(), len(self.alphabet.prefix)
         return [rows[first : first + len(s)].copy() for rows, s in zip(hidden, sequences, strict=True)]

@@ -8,6 +8,7 @@ __all__ = ['token_batches', 'embedder_batches', 'Projection', 'fit_projection', 
 # %% ../../nbs/lib/embed/03_run.ipynb #f805c67b
 import time
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..data.writer import StoreWriter, create, extend, writer_lock
 from .base import Embedder
 from .embedders import embedder_for, space_to_embed_into
 from ..utils.files import check_ending
+from ..utils.processor import check_precision, keep_freed_memory
 from ..utils.progress import Progress
 from ..utils.space import EmbeddingSpace, require_same_space
 
@@ -142,9 +144,16 @@ class EmbeddingJob:
         space = replace(self.own_space, dim=self.dim, matrix=fitted.matrix, mean=fitted.mean)
         return space, dict(pca_variance_kept=fitted.kept, pca_fitted_on=fitted_on)
 
+    @property
+    def precision(self) -> str:
+        "That of the embedder's matrix products, '' where it does not say."
+        return getattr(self.embedder, "precision", "")
+
     def plan(self, path, space: EmbeddingSpace, proteins: slice = slice(None), **attrs):
         "Make the file, still without rows, for some of the proteins."
         ids, sequences = self.ids[proteins], self.sequences[proteins]
+        if self.precision:
+            attrs["precision"] = self.precision
         create(path, ids, sequences, **dict(segments=[0, len(ids)]) | attrs | space.for_store())
 
     def check_space(self, space: EmbeddingSpace, path):
@@ -165,6 +174,12 @@ class EmbeddingJob:
         "Refuse to go on with a store of another space; return what it holds."
         with EmbeddingStore(path) as store:
             self.check_space(store.space, path)
+            precision = store.attrs.get("precision", self.precision)
+            if precision != self.precision:
+                raise ProtmaeError(
+                    f"{path} was begun in {precision}, {self.precision or 'another precision'} was asked for; "
+                    "leave precision out, or choose another store"
+                )
             if self.like is not None:
                 require_same_space(self.like, store.space, "the space to embed into", path, "choose another store")
         with open_h5(path) as f:
@@ -190,7 +205,7 @@ class EmbeddingJob:
         "Embed what is pending, batch by batch."
         with EmbeddingStore(path) as store:
             segments, space = _read_segments(path), store.space
-        with StoreWriter(path) as writer:
+        with StoreWriter(path) as writer, keep_freed_memory():
             pending = set(writer.pending())
             if not pending:
                 print("nothing to do: every protein is in the store already")
@@ -200,7 +215,8 @@ class EmbeddingJob:
             if left < total:
                 print(f"going on: {len(pending):,} of {len(writer.ids):,} proteins are left")
             start = time.perf_counter()
-            with Progress(total, f"embed with {self.embedder.name}", "residues", done=total - left) as progress:
+            label = f"embed with {self.embedder.name}" + (f" in {self.precision}" if self.precision else "")
+            with Progress(total, label, "residues", done=total - left) as progress:
                 for batch in self._batches(writer.sequences, segments):
                     todo = pending.intersection(batch)
                     if todo:
@@ -246,6 +262,7 @@ def embed_fasta(
     like=None,  # a store, a run or a classifier: embed into its space, so that it can be used with the new store
     columns=None,  # dict(id=, sequence=) with names of a table's header, where they are not recognised
     allow_nucleotides=False,  # embed what looks like DNA or RNA
+    precision=None,  # of the model's matrix products, 'bf16' or 'float32'; None: what suits model and device
 ) -> EmbeddingStore:  # raises `ProtmaeError` for bad input
     "Embed every protein of a sequence file, resuming where an earlier run stopped; prints what was done."
     start = time.perf_counter()
@@ -257,12 +274,13 @@ def embed_fasta(
     if max_tokens is not None:
         max_tokens = check_number("max_tokens", max_tokens, 1, integer=True)
     check_ending(store, HDF5_ENDINGS)
+    precision = check_precision(precision) or _precision_of(store)
     space = None if like is None else space_to_embed_into(like)
     if space is not None and (layer is not None or pca_ids is not None):
         raise ProtmaeError(f"layer and the PCA come from {like}; leave out layer and pca_ids, or like")
     embedder = model
     if model is None or isinstance(model, str | Path):
-        embedder = embedder_for(model, device, layer, space, like)
+        embedder = embedder_for(model, device, layer, space, like, precision)
     job = EmbeddingJob(embedder, ids, sequences, dim, pca_ids, max_tokens, seed, space)
     if space is not None:
         job.check_space(space, like)
@@ -289,6 +307,17 @@ def _proteins_for_pca(pca_ids, ids, fasta):
     if unknown:
         print(f"pca_ids: {len(unknown):,} of {len(listed):,} ids are not in {fasta}, {unknown[0]!r} first")
     return {ids[i] for i in found}
+
+
+def _precision_of(store):
+    "In which precision the files of a store that is there were begun; None: there are none, or they do not say."
+    whole = Path(store)
+    shards = whole.parent.glob(f"{escape(whole.stem)}-?????-of-?????{whole.suffix}")
+    for path in (whole, *sorted(shards)):
+        if path.is_file():
+            with EmbeddingStore(path) as begun:
+                return begun.attrs.get("precision")
+    return None
 
 
 def _embed_file(store, job):

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.mkldnn import to_mkldnn
 
 from ..core import ProtmaeError
 from .base import choose_device, weights_digest
+from ..utils.processor import check_precision
 
 # %% ../../nbs/lib/embed/02_unirep.ipynb #dbce24eb
 ALPHABET = "-MRHKDESTNQCUGPAVIFYWLO"  # the model's own numbering
@@ -55,7 +57,9 @@ class UniRep:
         self,
         weights=None,  # path of model_weights.npz, or a dict of its arrays; None: the package's
         device=None,  # 'cpu' or 'cuda'; None: a GPU if there is one
+        precision: str = None,  # of the recurrent matrix products, 'bf16' or 'float32'; None: float32
     ):
+        self.precision = check_precision(precision) or "float32"
         self.source = "unirep" if weights is None else ""
         if not isinstance(weights, dict):
             with np.load(find_weights(weights), allow_pickle=False) as arrays:
@@ -88,6 +92,9 @@ class UniRep:
 
     def _linear(self, matrix):
         "A function (B, in) -> (B, out)."
+        if self.precision == "bf16":
+            weight = matrix.t().contiguous().bfloat16().to(self.device)
+            return lambda x: F.linear(x.bfloat16(), weight).float()
         layer = nn.Linear(*matrix.shape, bias=True)  # oneDNN's layer insists on a bias
         layer.weight.data, layer.bias.data = matrix.t().contiguous(), torch.zeros(matrix.shape[1])
         layer.requires_grad_(False)

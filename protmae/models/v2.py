@@ -58,7 +58,7 @@ class TransformerMAE(nn.Module, PretrainedModel):
         self.compress_head = nn.Linear(embed_dim, input_dim)
         for parameter in (self.mask_token, self.pos_embed):
             nn.init.normal_(parameter, std=0.02)
-        self.input_dim, self.max_len = input_dim, max_len
+        self.input_dim, self.max_len, self.embed_dim = input_dim, max_len, embed_dim
         self.layout = None  # how tokens lie in memory, see `token_layout`
 
     def forward_encoder(self, x: Tensor, lengths: Tensor, mask: Tensor = None, layout: str = None) -> tuple:

@@ -174,6 +174,7 @@ class MAEV5(nn.Module, PretrainedModel):
         dropout: float = 0.0,  # in both
     ):
         super().__init__()
+        self.embed_dim = embed_dim
         self.encoder = MAEEncoder(
             input_dim, embed_dim, num_layers, nhead, ff_dim, max_len, num_patches, patching, dropout
         )

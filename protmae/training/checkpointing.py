@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from ..core import ProtmaeError
 from ..data.writer import writer_lock
-from .config import PRECISIONS
 from ..utils.files import atomic, write_json
+from ..utils.processor import PRECISIONS
 from ..utils.provenance import git_commit, provenance
 
 # %% ../../nbs/lib/training/04_checkpointing.ipynb #f337ae48

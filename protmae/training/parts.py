@@ -20,7 +20,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import ProtmaeError
-from .products import uses_gpu
+from ..utils.processor import uses_gpu
 
 # %% ../../nbs/lib/training/05_parts.ipynb #93d8b8e3
 class RankSubset(Dataset):

@@ -21,8 +21,9 @@ from ..core import ProtmaeError, check_number, seed_for
 from .checkpointing import EpochRecord, Position, RunFolder, TrainingState, first_nonfinite
 from .optim import Schedule, optimizer_for
 from .parts import PendingLosses, make_accelerator, make_loader, tracking, weighted_loss
-from .products import Arithmetic, default_precision
+from .products import Arithmetic
 from ..utils.interrupt import stop_softly
+from ..utils.processor import default_precision
 from ..utils.progress import Progress, format_duration, is_headless
 
 # %% ../../nbs/lib/training/06_trainer.ipynb #f2522bda
