@@ -250,6 +250,7 @@ def predict(
     columns: str = None,  # of the tables of pairs and sequences, where names are not recognised: a=Bait,b=Prey
     cache: str = None,  # folder for the encoder's tokens; without it PROTMAE_CACHE, or beside the store
     overwrite: bool = False,  # replace a file that is no table or matrix of predictions, too
+    precision: str = None,  # of matrix products: float32 or bf16; else what suits model and processor
 ):
     "Score protein pairs with a trained classifier; run it again to go on after an interruption."
     from protmae.data.row_cache import use_cache_folder
@@ -257,7 +258,7 @@ def predict(
 
     use_cache_folder(cache)
     request = PredictionRequest(pairs, all, tuple(query or ()), against, tuple(fasta or ()), store, columns=columns)
-    head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint, overwrite)
+    head, remarks = predict_pairs(model, request, out, top, min, prior, checkpoint, overwrite, precision)
     if head is not None and len(head):
         print(head.to_string(index=False, max_rows=10, float_format="{:.4g}".format))
     print("\n".join([*remarks, f"written to {out}"]))

@@ -38,6 +38,7 @@ from protmae.ppi.predictions import (
 from .scoring import ProteinFeatures, Scorer, pair_attention
 from ..utils.download import file_sha256
 from ..utils.files import write_json
+from ..utils.processor import WIDTH_FOR_BF16, check_precision, default_precision
 from ..utils.tensors import CONFIG, WEIGHTS, model_file
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #c28d9508
@@ -163,11 +164,13 @@ def predict_pairs(
     prior: float = None,  # share of the pairs that interact; None: as in training
     checkpoint=None,  # the encoder's file, for a classifier's file of protmae 0.1 whose encoder has moved
     overwrite: bool = False,  # replace what stands at `out`, whatever it is
+    precision: str = None,  # in which pairs are scored, 'bf16' or 'float32'; None: what suits model and processor
 ) -> tuple:  # the first rows that were written (None for a matrix), and what they mean; raises `ProtmaeError`
     "Score pairs and write them; the same call goes on after a kill. Pairs of a table keep their order."
     out, model = Path(out), model_file(model)
     top = None if top is None else check_number("top", top, 1, integer=True)
     least = None if least is None else check_number("min", least, 0, 1)
+    check_precision(precision)
     check_output(out, not request.pairs, top is not None or least is not None, overwrite)
     net, about = load_classifier(model, checkpoint)
     inputs = PredictionInputs(request, model, about, out)
@@ -176,9 +179,11 @@ def predict_pairs(
         raise ProtmaeError("there is no pair to score: a protein is not paired with itself; give two or more proteins")
     labelling = Labelling(about, proteins, prior)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    scorer = Scorer(net, ProteinFeatures(net, about, inputs.stores, inputs.places, pairs.proteins), pairs.proteins)
+    precision = precision or _precision_for(net)
+    features = ProteinFeatures(net, about, inputs.stores, inputs.places, pairs.proteins)
+    scorer = Scorer(net, features, pairs.proteins, precision=precision)
     scores = out.with_name(f"{out.name}.scores")
-    score_pairs(scorer, pairs, scores, _key(model, inputs), proteins.ids.__getitem__)
+    score_pairs(scorer, pairs, scores, _key(model, inputs, precision), proteins.ids.__getitem__)
     remarks = meaning(about, prior)
     if out.suffix.lower() == ".h5":
         head = None
@@ -190,19 +195,25 @@ def predict_pairs(
         write_table(out, kept, labelling, len(pairs))
         remarks += applies_to(about, pd.Series(labelling.seen_of(kept.a, kept.b)))
         head = labelling.columns(kept[:HEAD], len(pairs))
-    facts = dict(
-        model=str(model), sha256=file_sha256(_files(model)[0]), prior=prior, pairs_scored=len(pairs), meaning=remarks
-    )
+    facts = dict(model=str(model), sha256=file_sha256(_files(model)[0]), prior=prior, pairs_scored=len(pairs))
+    facts |= dict(precision=precision, meaning=remarks)
     write_json(out.with_name(f"{out.name}.json"), facts)
     scores.unlink()
     return head, remarks
+
+
+def _precision_for(net):
+    "bfloat16 where a CPU has units for it and the network is wide enough; on a GPU it has not been measured."
+    token = net.interaction.token
+    wide = token.device.type == "cpu" and token.shape[-1] >= WIDTH_FOR_BF16
+    return default_precision(cpu=True, mostly_products=wide)
 
 
 def _files(model):
     return [model / WEIGHTS, model / CONFIG] if model.is_dir() else [model]
 
 
-def _key(model, inputs):
+def _key(model, inputs, precision):
     "A digest of all that decides the scores and their order."
     ids = "\n".join(inputs.proteins.ids[i] for i in inputs.pairs.proteins)
     parts = [
@@ -210,6 +221,7 @@ def _key(model, inputs):
         *(store.fingerprint for store in inputs.stores),
         inputs.pairs.digest,
         ids,
+        precision,
     ]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 

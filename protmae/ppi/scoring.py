@@ -6,6 +6,7 @@
 __all__ = ['ProteinTerms', 'protein_terms', 'score_terms', 'ProteinFeatures', 'Scorer', 'pair_attention']
 
 # %% ../../nbs/lib/ppi/14_scoring.ipynb #380c5d54
+import copy
 import math
 from dataclasses import dataclass, fields
 
@@ -33,6 +34,13 @@ class ProteinTerms:
         "The terms of some proteins that have at most `width` tokens each."
         parts = {field.name: getattr(self, field.name).index_select(0, index) for field in fields(self)}
         return ProteinTerms(**parts | {name: parts[name][:, :width] for name in ("keys", "values", "mask")})
+
+    def to(self, dtype: torch.dtype) -> "ProteinTerms":
+        "The terms in another precision. Sums are taken anew from the rounded largest score, or its error would count."
+        top = self.top.to(dtype)
+        factor = (self.top - top).exp()
+        numbers = top, self.total * factor, self.pooled * factor, self.keys, self.values
+        return ProteinTerms(*(values.to(dtype) for values in numbers), self.mask)
 
 # %% ../../nbs/lib/ppi/14_scoring.ipynb #0a5a938b
 @torch.no_grad()
@@ -132,6 +140,24 @@ class ProteinFeatures:
         return features, lengths
 
 # %% ../../nbs/lib/ppi/14_scoring.ipynb #42eac400
+class _InFloat32(torch.nn.Module):
+    "The last layer of a head: in bfloat16 thousands of pairs would have the same score."
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.float())
+
+
+def _in_bf16(net):
+    "A copy of what scores pairs, in bfloat16."
+    half = copy.deepcopy(torch.nn.ModuleDict(dict(interaction=net.interaction, head=net.head))).bfloat16()
+    half.head.net[-1] = _InFloat32(copy.deepcopy(net.head.net[-1]))
+    return half
+
+
 def _token_counts(terms):
     "Real tokens of each protein, on the host."
     return terms.mask.sum(1).cpu().numpy()
@@ -147,8 +173,10 @@ class Scorer:
         proteins,  # positions that will be asked for
         max_bytes: float = 3e9,  # of memory for their terms
         batch: int = 128,  # proteins whose terms are computed together
+        precision: str = "float32",  # in which pairs are scored, or 'bf16'; proteins are encoded in float32
     ):
         self.net, self.features, self.table = net.eval(), features, None
+        self.half = _in_bf16(net) if precision == "bf16" else None
         self.device = net.interaction.token.device
         proteins = np.unique(proteins)
         if not len(proteins):
@@ -167,7 +195,8 @@ class Scorer:
 
     def _computed(self, proteins):
         features, lengths = self.features.batch(proteins)
-        return protein_terms(self.net, features.to(self.device), lengths.to(self.device))
+        terms = protein_terms(self.net, features.to(self.device), lengths.to(self.device))
+        return terms if self.half is None else terms.to(torch.bfloat16)
 
     def terms(self, proteins: np.ndarray) -> ProteinTerms:
         "Those of some proteins, by position."
@@ -181,7 +210,7 @@ class Scorer:
 
     def __call__(self, a: np.ndarray, b: np.ndarray, grid: bool) -> np.ndarray:
         "Proteins by position -> logits float32, (R, C), or (n,) without `grid`."
-        logits = score_terms(self.net, self.terms(a), self.terms(b), grid)
+        logits = score_terms(self.half or self.net, self.terms(a), self.terms(b), grid)
         return (logits if grid else logits[:, 0]).cpu().numpy()
 
 # %% ../../nbs/lib/ppi/14_scoring.ipynb #aae6e7cb
