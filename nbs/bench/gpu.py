@@ -8,7 +8,7 @@ protmae must be importable: `pip install -e .`, or PYTHONPATH=. where nothing ma
 Parts come in the order of their worth, each is written as soon as it is measured, and a part that fails is named with
 its error while the others go on. No part starts that would not end in time. Data are SYNTHETIC (lengths from the yeast
 proteome's histogram) but in the rehearsal, which reads what `gpu_study.py pack` wrote to --carry. MFU counts the
-multiplications of matrices that real tokens need (protmae.analysis.flops), over the card's bf16 matmul of the same run
+multiplications of matrices that real tokens need (protmae.models.flops), over the card's bf16 matmul of the same run
 and over --peak.
 """
 
@@ -32,12 +32,12 @@ from loops import Data, PretrainLoop
 from memory import TINY_SIZES, lengths_of, names, real_store, sparse_store
 from peers import TINY_PEER_V2, TINY_PEER_V5, PlainV2, PlainV5, adamw, update, vitmae, vitmae_loss
 
-from protmae.analysis.flops import training_flops
 from protmae.core import MAX_LEN, N_PATCHES, PATCH_SIZE, seed_for
 from protmae.data.store import EmbeddingStore
 from protmae.embed.language_models import LanguageModel
 from protmae.embed.run import embedder_batches
 from protmae.models.classifier import IdentityEncoder
+from protmae.models.flops import training_flops
 from protmae.models.hub import build
 from protmae.models.v5 import MAEEncoder
 from protmae.ppi.config import config_for

@@ -1,6 +1,6 @@
 """How fast: pretraining of V5 and V2, the store, and PPI training, against what people would write or pick instead.
 
-    python nbs/bench/speed.py [--rows v5 v2 attention store ppi step-memory start memory] [--rounds 3] [--threads 2]
+    python nbs/bench/speed.py [--rows v5 v2 …] [--rounds 3] [--threads 2]
     python nbs/bench/speed.py --tiny --out /tmp/speed.json     # to see that it runs
 
 Ours and the peer run in turn in this process: same threads, same data, same optimiser settings. Ours trains in the
@@ -20,6 +20,11 @@ float32 or under bf16 autocast, whichever is faster here |
 | attention | forward and backward of attention among the tokens of a batch | torch's `scaled_dot_product_attention` |
 | store | `EmbeddingStore.batch`, 32 random proteins | one HDF5 dataset per protein, see below; a bare numpy memmap |
 | ppi | an epoch of pairs from the token cache | both proteins of every pair through the frozen encoder, every time |
+| embed | ESM-2 and ESM-C of real sizes, random weights, as `protmae embed` runs them | transformers, one protein a \
+batch and eight as they come |
+| unirep | UniRep in bf16 | UniRep in float32 |
+| predict | every pair of 500 proteins, to the file of scores | in float32; both proteins encoded per pair; D-SCRIPT |
+| umap | seconds of a map of 20,000 proteins | |
 | step-memory | peak memory of a process that takes V5 steps of 64 proteins | the same in float32 |
 | start | seconds of `import protmae` and of `protmae --help` | |
 | memory | peak memory of a V5 run on 20,000 proteins (memory.py) | every protein's array in a dict |
@@ -47,12 +52,14 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
+import using
+from clocks import in_turn
 from memory import TINY_SIZES, lengths_of, real_store
 from peers import TINY_PEER_V2, TINY_PEER_V5, PlainV2, PlainV5, adamw, update, vitmae, vitmae_loss
 
-from protmae.analysis.flops import count, training_flops
 from protmae.core import MAX_LEN
 from protmae.data.store import EmbeddingStore
+from protmae.models.flops import count, training_flops
 from protmae.models.token_layout import attention
 from protmae.ppi.features import EncoderInputs
 from protmae.ppi.pairs import Pairs
@@ -62,31 +69,14 @@ from protmae.training.pretrain import PretrainTrainer
 from protmae.utils.files import write_json
 from protmae.utils.provenance import git_commit, provenance
 
-ROWS = ("v5", "v2", "attention", "store", "ppi", "step-memory", "start", "memory")
+ROWS = ("v5", "v2", "attention", "store", "ppi", *using.MEASURES, "step-memory", "start", "memory")
 TINY_V2 = dict(embed_dim=64, num_layers=1, nhead=4, ff_dim=128)
 FOREVER = 1000  # epochs: more than are ever trained here
 YEAST = dict(pairs=60_738, proteins=5_679)  # training pairs of B4PPI yeast, and the proteins in them
 DRAWS, DRAWN = 20, 32  # batches that the store is asked for, proteins in each
 
 
-# ---- clocks
-
-
-def seconds_of(function) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def in_turn(functions, rounds, warm=1) -> tuple:
-    "Seconds of each function (by name), median over rounds in turn; and each round's seconds."
-    for function in list(functions.values()) * warm:
-        function()
-    found = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            found[name].append(seconds_of(function))
-    return {name: statistics.median(values) for name, values in found.items()}, found
+# ---- training steps
 
 
 class Steps:
@@ -185,6 +175,10 @@ class Bench:
         for padded, i in zip(x, indices, strict=True):
             padded[: self.lengths[i]] = (torch.from_numpy(read(i)).float() - self.mean) / self.std
         return x, torch.as_tensor(self.lengths[indices])
+
+    def note(self, name, row):
+        "A row that is no comparison."
+        self.rows[name] = dict(commit=git_commit()) | row
 
     def add(self, name, unit, amount, timing, peer, goal, **more):
         "One row of the report: `amount` maps ours and peer to units per call, `timing` is from `in_turn`."
@@ -422,7 +416,7 @@ def measure_step_memory(bench):
             peaks[precision] = pool.submit(peak_of_steps, bench.options, precision).result()
     ratio = peaks["bf16"] / peaks["float32"]
     print(f"peak memory of V5 steps of 64: {peaks['bf16'] / 1e9:.2f} GB in bf16, {ratio:.2f} times float32's (goal 1)")
-    bench.rows["step-memory"] = dict(commit=git_commit(), unit="bytes", ratio=ratio, goal=1, **peaks)
+    bench.note("step-memory", dict(unit="bytes", ratio=ratio, goal=1, **peaks))
 
 
 def measure_start(bench):
@@ -435,7 +429,7 @@ def measure_start(bench):
     seconds, _ = in_turn(jobs, 5)
     print(f"start: import {seconds['import_protmae']:.2f} s, --help {seconds['help']:.2f} s (goals 0.2, 0.3)")
     goal = dict(import_protmae=0.2, help=0.3)
-    bench.rows["start"] = dict(commit=git_commit(), unit="s", goal=goal, seconds=seconds)
+    bench.note("start", dict(unit="s", goal=goal, seconds=seconds))
 
 
 def measure_memory(bench):
@@ -445,7 +439,7 @@ def measure_memory(bench):
     out = Path(bench.options.out).with_name("memory.json")
     script = Path(__file__).with_name("memory.py")
     subprocess.run([sys.executable, str(script), "--out", str(out)], check=True)
-    bench.rows["memory"] = dict(see=out.name)
+    bench.note("memory", dict(see=out.name))
 
 
 MEASURES = {
@@ -457,6 +451,7 @@ MEASURES = {
     "step-memory": measure_step_memory,
     "start": measure_start,
     "memory": measure_memory,
+    **using.MEASURES,
 }
 
 

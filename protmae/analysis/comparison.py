@@ -12,11 +12,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from .flops import outline, shape_row, training_flops
 from .results import RunSummary, read_result, read_run
 from .shared_masks import training_proteins
 from .statistics import Record, split_name
 from ..core import PATCH_SIZE, ProtmaeError
+from ..models.flops import outline, shape_row, training_flops
 from ..ppi.experiment import NETWORKS
 from ..ppi.splits import LEAKS
 from ..training.config import make_config

@@ -38,7 +38,7 @@ from protmae.ppi.predictions import (
 from .scoring import ProteinFeatures, Scorer, pair_attention
 from ..utils.download import file_sha256
 from ..utils.files import write_json
-from ..utils.processor import WIDTH_FOR_BF16, check_precision, default_precision
+from ..utils.processor import WIDTH_FOR_BF16, check_precision, default_precision, share_text
 from ..utils.tensors import CONFIG, WEIGHTS, model_file
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #c28d9508
@@ -183,7 +183,9 @@ def predict_pairs(
     features = ProteinFeatures(net, about, inputs.stores, inputs.places, pairs.proteins)
     scorer = Scorer(net, features, pairs.proteins, precision=precision)
     scores = out.with_name(f"{out.name}.scores")
-    score_pairs(scorer, pairs, scores, _key(model, inputs, precision), proteins.ids.__getitem__)
+    rate = score_pairs(scorer, pairs, scores, _key(model, inputs, precision), proteins.ids.__getitem__)
+    share = share_text(rate * scorer.flops, precision) if scorer.device.type == "cpu" else ""
+    print(f"on {scorer.device.type} in {precision}: {rate:,.0f} pairs/s{share}")
     remarks = meaning(about, prior)
     if out.suffix.lower() == ".h5":
         head = None

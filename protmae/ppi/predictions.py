@@ -75,13 +75,13 @@ def score_pairs(
     path,  # of the logits
     key: str,  # model, proteins and pairs: logits of another key are not gone on with
     name=str,  # of a protein by position, for messages
-):  # raises `ProtmaeError` where a score is no number, or the disk is full
+) -> float:  # pairs per second; raises `ProtmaeError` where a score is no number, or the disk is full
     "Score all pairs, appending each tile to a file; go on with what an earlier call has left."
     path = Path(path)
     make_folder(path.parent)
     try:
         with writer_lock(path), open(path, "r+b" if path.exists() else "w+b") as file:
-            _score(scorer, pairs, file, key, name)
+            return _score(scorer, pairs, file, key, name)
     except OSError as e:
         raise ProtmaeError(f"cannot write {path}: {e.strerror or e}; then run the same command again to go on") from e
 
@@ -108,7 +108,8 @@ def _score(scorer, pairs, file, key, name):
                 synced = time.monotonic()
             progress.update(len(tile))
     seconds, n = time.perf_counter() - progress.begin, len(pairs) - done
-    print(f"{n:,} pairs scored in {format_duration(seconds)}: {n / seconds:,.0f} pairs/s")
+    print(f"{n:,} pairs scored in {format_duration(seconds)}")
+    return n / seconds
 
 # %% ../../nbs/lib/ppi/15_predictions.ipynb #d36b2819
 def read_scores(

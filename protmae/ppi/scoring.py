@@ -193,6 +193,13 @@ class Scorer:
         )
         self.counts = _token_counts(self.table)  # on the host: a tile asks the device for nothing but its logits
 
+    @property
+    def flops(self) -> int:
+        "Operations of the matrix products of a pair, without those of attention."
+        first, *later = self.net.interaction.layers
+        parts = [first.out, first.ff, self.net.head, *(part for x in later for part in (x.q, x.out, x.ff))]
+        return 2 * sum(p.numel() for part in parts for p in part.parameters() if p.ndim > 1)
+
     def _computed(self, proteins):
         features, lengths = self.features.batch(proteins)
         terms = protein_terms(self.net, features.to(self.device), lengths.to(self.device))

@@ -284,6 +284,10 @@ class PPITrainer(Trainer):
         "How fast an epoch was."
         return dict(pairs_per_s=len(self.split.train) / seconds)
 
+    def speed(self, row) -> str:
+        "How fast an epoch was; it is memory rather than arithmetic that limits it."
+        return f"{row['pairs_per_s']:,.0f} pairs/s"
+
     def line(self, row) -> str:
         "An epoch's figures in words."
         rate = f"{row['pairs_per_s']:,.0f} pairs/s"

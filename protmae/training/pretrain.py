@@ -21,13 +21,14 @@ from ..core import ProtmaeError, seed_for
 from ..data.batches import EpochSampler, on_device, split_by_protein
 from ..data.ids import IdIndex, read_ids
 from ..data.store import EmbeddingStore
+from ..models.flops import training_flops
 from ..models.hub import build, save_model
 from .config import hashable_config, make_config
 from .objectives import OBJECTIVES
 from .skill import Skill, skill_text
 from .trainer import Trainer
 from ..utils.parameters import yes_no
-from ..utils.processor import WIDTH_FOR_BF16
+from ..utils.processor import WIDTH_FOR_BF16, share_text
 
 # %% ../../nbs/lib/training/07_pretrain.ipynb #7af90ddb
 def chosen_proteins(
@@ -210,6 +211,15 @@ class PretrainTrainer(Trainer):
         "How fast an epoch was."
         residues = float(self.store.lengths[self.train_idx].sum())
         return dict(proteins_per_s=len(self.train_idx) / seconds, residues_per_s=residues / seconds)
+
+    def speed(self, row) -> str:
+        "How fast an epoch was, and on a CPU how much of what the processor can do."
+        text = f"{row['proteins_per_s']:,.1f} proteins/s"
+        if self.acc.device.type != "cpu" or self.acc.num_processes > 1:
+            return text
+        mask = dict(mask_ratio=self.config.mask_ratio) if self.arch == "v5" else {}
+        flops = training_flops(self.model, self.store.lengths[self.train_idx], **mask)
+        return text + share_text(flops * row["proteins_per_s"], self.precision)
 
     def line(self, row) -> str:
         "An epoch's figures in words."

@@ -31,8 +31,8 @@ class Trainer:
     """One training run in one folder.
 
     A subclass calls `__init__`, makes its model and data, and calls `start`. It declares
-    `arch`, `store`, `intro`, `loss`, `validate`, `monitor`, `rates`, `line`, `names`, `proteins`, `save_weights`,
-    and may override `backward`, `contrastive_epochs` and `mostly_products`. Nothing else is overridden.
+    `arch`, `store`, `intro`, `loss`, `validate`, `monitor`, `rates`, `speed`, `line`, `names`, `proteins`,
+    `save_weights`, and may override `backward`, `contrastive_epochs` and `mostly_products`. Nothing else is overridden.
     """
 
     contrastive_epochs = 0  # epochs that learn something else first; they do not decide which epoch is kept
@@ -385,6 +385,8 @@ class Trainer:
         every = max(1, epochs // 50) if is_headless() else 1
         if epoch % every and epoch not in (1, epochs):
             return
+        if epoch == 1:
+            self.print_once(f"first epoch: {self.speed(row)}")
         recent = [past["seconds"] + past["val_seconds"] for past in self.history[-5:]]
         eta = format_duration((epochs - epoch) * np.mean(recent))
         self.print_once(f"epoch {epoch}/{epochs}  train {row['train_loss']:.4f}  {self.line(row)}  ETA {eta}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'WIDTH_FOR_BF16', 'TRIM_THRESHOLD', 'TOP_PAD', 'MMAP_MAX', 'uses_gpu', 'cpu_has_bf16',
-           'default_precision', 'check_precision', 'keep_freed_memory', 'matmul_rate']
+           'default_precision', 'check_precision', 'keep_freed_memory', 'matmul_rate', 'share_text']
 
 # %% ../../nbs/lib/utils/09_processor.ipynb #9520f255
 import ctypes
@@ -77,7 +77,7 @@ def matmul_rate(
     precision: str,  # 'bf16' or 'float32'
 ) -> float:  # floating-point operations per second
     "What a large matrix product reaches on this CPU, with as many threads as torch has now. Measured once a process."
-    n, dtype = 2048, torch.bfloat16 if precision == "bf16" else torch.float32
+    n, dtype = 1536, torch.bfloat16 if precision == "bf16" else torch.float32
     one, two = (torch.randn(n, n).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(6):  # the first is slower
@@ -85,3 +85,12 @@ def matmul_rate(
         one @ two
         seconds.append(time.perf_counter() - started)
     return 2 * n**3 / min(seconds)
+
+# %% ../../nbs/lib/utils/09_processor.ipynb #a8b527a6
+def share_text(
+    rate: float,  # floating-point operations per second of matrix products in a job on this CPU
+    precision: str,  # 'bf16' or 'float32'
+) -> str:  # continues a sentence that says how fast the job was
+    "How much of the processor a job uses."
+    share = rate / matmul_rate(precision)
+    return f", {share:.0%} of what matrix products reach here in {precision}".replace("%", " %")
