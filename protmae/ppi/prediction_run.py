@@ -35,10 +35,10 @@ from protmae.ppi.predictions import (
     write_matrix,
     write_table,
 )
-from .scoring import ProteinFeatures, Scorer, pair_attention
+from .scoring import ProteinFeatures, Scorer, pair_attention, precision_for_scoring
 from ..utils.download import file_sha256
 from ..utils.files import write_json
-from ..utils.processor import WIDTH_FOR_BF16, check_precision, default_precision, share_text
+from ..utils.processor import check_precision, share_text
 from ..utils.tensors import CONFIG, WEIGHTS, model_file
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #c28d9508
@@ -179,7 +179,7 @@ def predict_pairs(
         raise ProtmaeError("there is no pair to score: a protein is not paired with itself; give two or more proteins")
     labelling = Labelling(about, proteins, prior)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    precision = precision or _precision_for(net)
+    precision = precision or precision_for_scoring(net)
     features = ProteinFeatures(net, about, inputs.stores, inputs.places, pairs.proteins)
     scorer = Scorer(net, features, pairs.proteins, precision=precision)
     scores = out.with_name(f"{out.name}.scores")
@@ -202,13 +202,6 @@ def predict_pairs(
     write_json(out.with_name(f"{out.name}.json"), facts)
     scores.unlink()
     return head, remarks
-
-
-def _precision_for(net):
-    "bfloat16 where a CPU has units for it and the network is wide enough; on a GPU it has not been measured."
-    token = net.interaction.token
-    wide = token.device.type == "cpu" and token.shape[-1] >= WIDTH_FOR_BF16
-    return default_precision(cpu=True, mostly_products=wide)
 
 
 def _files(model):
