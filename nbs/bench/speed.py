@@ -231,9 +231,12 @@ def measure_v5_batch(bench, batch, each):
         jobs |= dict(vitmae_bf16=partial(vit_steps, True), float32=partial(single.take, in_a_row))
     timing = in_turn(jobs, bench.options.rounds)
     flops = training_flops(run.model, bench.lengths[run.train_idx])
-    parts = steps.parts()
-    words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
-    print(f"v5, batch {batch}, seconds of a step: {words}", flush=True)
+    parts = {run.precision: steps.parts()}
+    if "float32" in jobs:
+        parts["float32"] = single.parts()
+    for precision, its in parts.items():
+        words = ", ".join(f"{name} {seconds:.3f}" for name, seconds in its.items())
+        print(f"v5, batch {batch}, {precision}, seconds of a step: {words}", flush=True)
     amount = dict.fromkeys(jobs, batch * in_a_row) | dict(plain=batch)
     vits = [name for name in jobs if name.startswith("vitmae")]
     peers = dict(plain=("plain", plain, 6), vitmae=(min(vits, key=timing[0].get), vit, {16: 2.5, 64: 3}[batch]))
