@@ -188,9 +188,10 @@ def clean_sequences(
         place = f"{source} line {record.line}:".lstrip()
         stray = set(record.sequence) - LETTERS
         if stray:
+            first = 1 + next(i for i, letter in enumerate(record.sequence) if letter in stray)
             raise ProtmaeError(
-                f"{place} {record.id!r} holds {sorted(stray)!r}; expected amino-acid letters; "
-                "correct or remove the record"
+                f"{place} {record.id!r} holds {sorted(stray)!r}, the first of them as letter {first:,} of it; "
+                "expected amino-acid letters; correct or remove the record"
             )
         sequence = _clean_letters(record.sequence, cleaning)
         if not sequence:

@@ -137,6 +137,8 @@ class EmbeddingStore:
 
     def _open(self):
         path = self.path
+        if path.is_dir():
+            raise ProtmaeError(f"{path} is a folder; expected a store, a file such as {path / 'mine.h5'}")
         if not path.is_file():
             raise ProtmaeError(
                 f"there is no store at {path}; make one with `protmae embed proteins.fasta mine.h5` or `protmae demo`"

@@ -100,7 +100,7 @@ class RaggedTokens:
         return torch.cat(parts)
 
 # %% ../../nbs/lib/models/01_token_layout.ipynb #e0c893ba
-SHORT = {torch.float32: 64, torch.bfloat16: 1024}  # up to how many tokens two products are faster on a CPU
+SHORT = 1024  # tokens: up to so many two products in bfloat16 are faster on a CPU
 SCORES = 2**20  # computed together: they stay in the processor's cache
 
 
@@ -112,7 +112,7 @@ def attention(
     dropout: float = 0.0,  # on attention weights
 ) -> Tensor:  # (B, H, W, C)
     "What `scaled_dot_product_attention` computes; on a CPU by two products of matrices where those are faster."
-    if q.device.type != "cpu" or q.shape[2] > SHORT.get(q.dtype, 0):
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     heads = max(1, SCORES // (q.shape[0] * q.shape[2] ** 2))
     groups = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
