@@ -42,7 +42,7 @@ def answer_lines(
     best = max((row for row in study.test if row.kind == strict), key=lambda row: row.auroc, default=None)
     if best:
         lines.append(
-            f"The highest AUROC on the {split_name(strict)} split is "
+            f"Of the study's systems, the highest AUROC on the {split_name(strict)} split is "
             f"{with_interval(best.auroc, best.interval, '.3f')}, of {best.system}."
         )
     return lines or ["Nothing has been tested yet."]
