@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'check_scores', 'Ranking', 'auroc', 'auprc', 'balance_weights', 'best_threshold', 'accuracy', 'ece',
-           'protein_weights', 'bootstrap', 'PairedDifference', 'paired_bootstrap', 'paired_bootstrap_seeds', 'evaluate']
+           'shift_prior', 'protein_weights', 'bootstrap', 'PairedDifference', 'paired_bootstrap',
+           'paired_bootstrap_seeds', 'evaluate']
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #791be10d
 import warnings
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit, logit
 
 from ..core import ProtmaeError, check_number, seed_for
 
@@ -129,6 +131,19 @@ def ece(label, score, weights=None, bins=15) -> float:  # (n,) 0 or 1, (n,) prob
         return None
     place = np.minimum((score * bins).astype(int), bins - 1)
     return float(np.abs(np.bincount(place, weights * (score - label), bins)).sum() / weights.sum())
+
+# %% ../../nbs/lib/ppi/03_metrics.ipynb #bd4646dc
+def shift_prior(
+    logits,  # (n,) for the balance of the training pairs
+    trained: float,  # share of the training pairs that interact
+    prior: float,  # share of the pairs asked about that interact
+) -> np.ndarray:  # (n,) float64; raises `ProtmaeError` unless both are above 0 and below 1
+    "Logits for another rate of interactions."
+    odds = []
+    for label, share in (("prior", prior), ("the training pairs' share of interactions", trained)):
+        share = check_number(label, share, 0, 1, open_low=True, open_high=True)
+        odds.append(np.log(share) - np.log1p(-share))
+    return np.asarray(logits, np.float64) + odds[0] - odds[1]
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #7161c44c
 def _multiplicities(n_proteins, n, rng):
@@ -261,20 +276,28 @@ def evaluate(
     seed=0,  # of the bootstrap
     negatives=10,  # per positive, for the other class balance
 ) -> dict:  # raises `ProtmaeError`
-    "Every metric with its interval, as plain numbers that JSON takes."
+    """
+    Every metric with its interval, as plain numbers that JSON takes.
+
+    Calibration at the other balance is that of probabilities which `shift_prior` has moved there, from the balance of
+    the validation pairs, or of the test pairs where there are none.
+    """
     label, score = check_scores(label, score)
     tag, cuts, chosen_on = f"1to{negatives:g}", (0.5, 0.5), "0.5, there are no validation pairs"
     has_val = val_score is not None and len(val_score) > 0
+    share = np.mean(label)
     if has_val:
         val_label, val_score = check_scores(val_label, val_score)
         cuts = [best_threshold(val_label, val_score, balance_weights(val_label, n)) for n in (None, negatives)]
-        chosen_on = "validation"
+        chosen_on, share = "validation", np.mean(val_label)
     found = dict(n=len(label), positives=int(label.sum()), auroc=auroc(label, score), threshold_from=chosen_on)
-    for suffix, ratio, cut in (("", None, cuts[0]), (f"_{tag}", negatives, cuts[1])):
+    probable = score.min() >= 0 and score.max() <= 1
+    moved = expit(shift_prior(logit(score), share, 1 / (1 + negatives))) if probable else score
+    for suffix, ratio, cut, moved_score in (("", None, cuts[0], score), (f"_{tag}", negatives, cuts[1], moved)):
         weights = balance_weights(label, ratio)
         found[f"auprc{suffix}"] = auprc(label, score, weights)
         found[f"accuracy{suffix}"] = accuracy(label, score, cut, weights)
-        found[f"ece{suffix}"] = ece(label, score, weights)
+        found[f"ece{suffix}"] = ece(label, moved_score, weights)
         found[f"threshold{suffix}"] = cut
     if resamples:
         intervals = bootstrap(label, score, a, b, resamples, seed, negatives, cuts[0])
