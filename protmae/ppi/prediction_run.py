@@ -156,8 +156,8 @@ def _query_ids(query):
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #ffaa1258
 HEAD = 20  # rows that are shown
 SIMILARITY = (
-    "similarity is the cosine of both proteins' mean embeddings, half-whitened on the proteins given; no training has "
-    "touched it. On E. coli it ranked pairs better than models trained on yeast: sort by it where the organism is "
+    "similarity is the mean cosine of the two proteins' patches, whitened on the proteins given; no training has "
+    "touched it. On E. coli it ranked pairs better than a model trained on yeast: sort by it where the organism is "
     "another than the model's."
 )
 TOO_FEW = f"There is no column similarity: fewer than {FEWEST} proteins to take a mean and axes from."

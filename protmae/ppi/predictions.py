@@ -173,7 +173,7 @@ class Labelling:
         about: dict,  # of the model, from `load_classifier`
         proteins,  # `ProteinSet`
         prior: float = None,  # share of the pairs asked about that interact; None: as in training
-        vectors: np.ndarray = None,  # (N, D) of the proteins, from `half_whitened`; None: no similarity
+        vectors: np.ndarray = None,  # (N, D) of the proteins, from `vectors_for_similarity`; None: no such column
     ):
         self.vectors = vectors
         self.ids, self.prior = np.array(proteins.ids, object), prior
@@ -224,7 +224,7 @@ class Labelling:
             columns["call"] = (probability >= self.threshold).astype(int)
         columns["seen"] = self.seen_of(a, b)
         if self.vectors is not None:
-            columns["similarity"] = similarity(self.vectors, a, b, "cosine")
+            columns["similarity"] = similarity(self.vectors, a, b, "dot")
         return pd.DataFrame(columns)
 
 # %% ../../nbs/lib/ppi/15_predictions.ipynb #9704ff5a
