@@ -122,12 +122,16 @@ def accuracy(label, score, threshold, weights=None) -> float:  # (n,), (n,), num
     return float(np.average((np.asarray(score) >= threshold) == np.asarray(label).astype(bool), weights=weights))
 
 # %% ../../nbs/lib/ppi/03_metrics.ipynb #bb375e9c
+def _are_probabilities(score):
+    return score.min() >= 0 and score.max() <= 1
+
+
 def ece(label, score, weights=None, bins=15) -> float:  # (n,) 0 or 1, (n,) probabilities; None if they are none
     "Expected calibration error over equal-width bins."
     label, score = np.asarray(label, float), np.asarray(score, float)
     _check_any(label)
     weights = np.ones(len(label)) if weights is None else weights
-    if score.min() < 0 or score.max() > 1:
+    if not _are_probabilities(score):
         return None
     place = np.minimum((score * bins).astype(int), bins - 1)
     return float(np.abs(np.bincount(place, weights * (score - label), bins)).sum() / weights.sum())
@@ -291,13 +295,14 @@ def evaluate(
         cuts = [best_threshold(val_label, val_score, balance_weights(val_label, n)) for n in (None, negatives)]
         chosen_on, share = "validation", np.mean(val_label)
     found = dict(n=len(label), positives=int(label.sum()), auroc=auroc(label, score), threshold_from=chosen_on)
-    probable = score.min() >= 0 and score.max() <= 1
-    moved = expit(shift_prior(logit(score), share, 1 / (1 + negatives))) if probable else score
-    for suffix, ratio, cut, moved_score in (("", None, cuts[0], score), (f"_{tag}", negatives, cuts[1], moved)):
+    moved = score
+    if _are_probabilities(score):
+        moved = expit(shift_prior(logit(score), share, 1 / (1 + negatives)))
+    for suffix, ratio, cut, stated in (("", None, cuts[0], score), (f"_{tag}", negatives, cuts[1], moved)):
         weights = balance_weights(label, ratio)
         found[f"auprc{suffix}"] = auprc(label, score, weights)
         found[f"accuracy{suffix}"] = accuracy(label, score, cut, weights)
-        found[f"ece{suffix}"] = ece(label, moved_score, weights)
+        found[f"ece{suffix}"] = ece(label, stated, weights)
         found[f"threshold{suffix}"] = cut
     if resamples:
         intervals = bootstrap(label, score, a, b, resamples, seed, negatives, cuts[0])

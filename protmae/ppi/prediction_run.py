@@ -185,8 +185,7 @@ def predict_pairs(
     proteins, pairs = inputs.proteins, inputs.pairs
     if not len(pairs):
         raise ProtmaeError("there is no pair to score: a protein is not paired with itself; give two or more proteins")
-    vectors = vectors_for_similarity(inputs.stores, inputs.places, pairs.proteins)
-    labelling = Labelling(about, proteins, prior, vectors)
+    labelling = Labelling(about, proteins, prior)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or precision_for_scoring(net)
     features = ProteinFeatures(net, about, inputs.stores, inputs.places, pairs.proteins)
@@ -203,10 +202,11 @@ def predict_pairs(
         limit = -np.inf if least is None else labelling.least_logit(least)
         by_rank = top is not None or not request.pairs
         kept = kept_pairs(scores, pairs, top, limit, by_rank)
-        write_table(out, kept, labelling, len(pairs))
+        vectors = vectors_for_similarity(inputs.stores, inputs.places, np.union1d(kept.a, kept.b))
+        write_table(out, kept, labelling, len(pairs), vectors)
         remarks += applies_to(about, pd.Series(labelling.seen_of(kept.a, kept.b)))
         remarks.append(TOO_FEW if vectors is None else SIMILARITY)
-        head = labelling.columns(kept[:HEAD], len(pairs))
+        head = labelling.columns(kept[:HEAD], len(pairs), vectors)
     facts = dict(model=str(model), sha256=file_sha256(_files(model)[0]), prior=prior, pairs_scored=len(pairs))
     facts |= dict(precision=precision, meaning=remarks)
     write_json(out.with_name(f"{out.name}.json"), facts)

@@ -173,9 +173,7 @@ class Labelling:
         about: dict,  # of the model, from `load_classifier`
         proteins,  # `ProteinSet`
         prior: float = None,  # share of the pairs asked about that interact; None: as in training
-        vectors: np.ndarray = None,  # (N, D) of the proteins, from `vectors_for_similarity`; None: no such column
     ):
-        self.vectors = vectors
         self.ids, self.prior = np.array(proteins.ids, object), prior
         self.trained = about["train_share_positive"]
         if prior is not None and self.trained is None:
@@ -214,8 +212,8 @@ class Labelling:
             return np.full(len(a), "unknown", object)
         return np.array(["none", "one", "both"], object)[self.seen[a] + self.seen[b]]
 
-    def columns(self, kept: pd.DataFrame, n: int) -> pd.DataFrame:
-        "From `kept_pairs` of n pairs in all."
+    def columns(self, kept: pd.DataFrame, n: int, vectors: np.ndarray = None) -> pd.DataFrame:
+        "From `kept_pairs` of n pairs in all, and the proteins' `vectors_for_similarity`; None: no such column."
         a, b, rank = (kept[name].to_numpy() for name in ("a", "b", "rank"))
         columns = dict(id_a=self.ids[a], id_b=self.ids[b], probability=self.probability(kept.logit), rank=rank)
         columns["percentile"] = 100 * (n - rank + 1) / n
@@ -223,8 +221,8 @@ class Labelling:
             probability = np.exp(-np.logaddexp(0, -kept.logit.to_numpy(np.float64)))
             columns["call"] = (probability >= self.threshold).astype(int)
         columns["seen"] = self.seen_of(a, b)
-        if self.vectors is not None:
-            columns["similarity"] = similarity(self.vectors, a, b, "dot")
+        if vectors is not None:
+            columns["similarity"] = similarity(vectors, a, b, "dot")
         return pd.DataFrame(columns)
 
 # %% ../../nbs/lib/ppi/15_predictions.ipynb #9704ff5a
@@ -296,10 +294,11 @@ def write_table(
     kept: pd.DataFrame,  # from `kept_pairs`
     labelling: Labelling,  # of these proteins, by this model
     n: int,  # pairs that were scored
+    vectors: np.ndarray = None,  # (N, D) of the proteins, from `vectors_for_similarity`; None: no such column
 ):  # raises `ProtmaeError`
     "Write the table of predictions, whole or not at all."
     starts = range(0, max(len(kept), 1), ROWS)
-    parts = (labelling.columns(kept.iloc[i : i + ROWS], n) for i in starts)
+    parts = (labelling.columns(kept.iloc[i : i + ROWS], n, vectors) for i in starts)
     with atomic(out) as tmp:
         WRITERS[Path(out).suffix.lower()](tmp, parts)
 

@@ -62,7 +62,7 @@ FEWEST, MOST = 50, 2000  # proteins whose patches are whitened
 def vectors_for_similarity(
     stores: list,  # of `EmbeddingStore`, of one embedding space
     places: np.ndarray,  # (N, 2) store and position of each protein
-    proteins: np.ndarray,  # those that will be asked for
+    proteins: np.ndarray,  # those that will be asked for, each once
 ) -> np.ndarray | None:  # (N, D), 0 for proteins not asked for; None where fewer than `FEWEST` have embeddings
     "The mean directions of proteins, whose scalar products are their similarities."
     embedded = np.flatnonzero(places[:, 0] < len(stores))
@@ -72,7 +72,7 @@ def vectors_for_similarity(
     caches = [PatchCache(store) for store in stores]
     whitening = fit_whitening(np.concatenate([caches[k][i] for k, i in places[sample]]))
     vectors = np.zeros((len(places), stores[0].dim), np.float32)
-    for protein in np.unique(proteins):
+    for protein in proteins:
         k, i = places[protein]
         vectors[protein] = mean_direction(caches[k][i], *whitening)
     return vectors
