@@ -16,7 +16,7 @@ from ..utils.tensors import model_file, read_tensors
 
 # %% ../../nbs/lib/embed/04_embedders.ipynb #f01880b5
 def get_embedder(
-    name,  # esmc_300m, esmc_600m, unirep, an ESM-2 such as esm2_t33_650M_UR50D, a hub name, or a local folder
+    name,  # esmc_300m, esmc_600m, unirep, an ESM-2 such as esm2_t33_650M_UR50D, a hub name, a local folder, triads
     device=None,  # 'cpu', 'cuda'; None: a GPU if there is one
     layer=None,  # which layer's output, counted from 1; None: the last
     precision=None,  # of matrix products, 'bf16' or 'float32'; None: what suits the model and the device
@@ -30,13 +30,20 @@ def get_embedder(
         from protmae.embed.unirep import UniRep
 
         return UniRep(device=device, precision=precision)
+    if name == "triads":
+        if layer is not None or precision is not None:
+            raise ProtmaeError("triads have neither layers nor a precision; leave out layer and precision")
+        from protmae.embed.triads import Triads
+
+        return Triads()
     if name.startswith(("esmc_", "esm2")) or "/" in name or Path(name).is_dir():
         from protmae.embed.language_models import LanguageModel
 
         return LanguageModel(name, device, layer, precision=precision)
     raise ProtmaeError(
         f"unknown language model {name!r}; expected esmc_300m, esmc_600m, unirep, an ESM-2 such as "
-        "esm2_t33_650M_UR50D, a hub name such as Rostlab/prot_t5_xl_half_uniref50-enc, or a local folder"
+        "esm2_t33_650M_UR50D, a hub name such as Rostlab/prot_t5_xl_half_uniref50-enc, a local folder, or triads (no "
+        "language model: a control)"
     )
 
 # %% ../../nbs/lib/embed/04_embedders.ipynb #44427a36
