@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from ..core import ProtmaeError
 from ..data.patches import n_patches
+from ..models.classifier import INTERACTIONS
 from ..training.config import CheckedConfig, checked
 from ..utils.parameters import yes_no
 
@@ -46,6 +47,7 @@ class PPIConfig(CheckedConfig):
     patching: str | None = None  # of the adapter; None: 'window'
     focal: float | None = None  # exponent of the focal loss
     contrastive: int | None = None  # epochs of contrastive pairs before the head learns
+    interaction: str | None = None  # 'attention' over both proteins' tokens, or 'mean' of them; None: attention
     seed: int = 0
     clip: float = 1.0  # largest norm of the gradient
     patience: int | None = 3  # stop after so many epochs without improvement
@@ -59,6 +61,8 @@ class PPIConfig(CheckedConfig):
         object.__setattr__(self, "finetune", check_finetune(self.finetune))
         if self.patching is not None:
             n_patches(1, self.patching)
+        if self.interaction not in (None, *INTERACTIONS):
+            raise ProtmaeError(f"interaction is {self.interaction!r}; expected one of {', '.join(INTERACTIONS)}")
         if self.contrastive is not None and self.contrastive >= self.epochs:
             raise ProtmaeError(
                 f"contrastive is {self.contrastive} of {self.epochs} epochs; "

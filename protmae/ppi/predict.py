@@ -96,8 +96,8 @@ def _check_description(path, state, about):
     "The metadata of a classifier's file, with its configuration and statistics as what they are."
     try:
         config = config_for(**about["config"])
-        sized = ["n_layers"]
-        if about.get("arch") in ("v5.2", "patches"):
+        sized = [] if config.interaction == "mean" else ["n_layers"]
+        if sized and about.get("arch") in ("v5.2", "patches"):
             sized.append("embed_dim")
         if config.finetune == "lora":
             sized.append("lora_rank")

@@ -249,9 +249,11 @@ def explain_pair(
     a: str,  # id of one protein
     b: str,  # id of the other
     checkpoint=None,  # the encoder's file, as in `predict_pairs`
-) -> PairAttention:
+) -> PairAttention | None:  # None for a classifier that reads mean patches, where there is none
     "The attention behind one pair's score, along both sequences."
     net, about = load_classifier(model_file(model), checkpoint)
+    if net.reads_means:
+        return None
     inputs = PredictionInputs(request, model_file(model), about, out)
     two = inputs.proteins.positions([a, b], "the pair")
     features, lengths = ProteinFeatures(net, about, inputs.stores, inputs.places, two).batch(two)

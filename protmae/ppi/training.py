@@ -93,6 +93,7 @@ def make_classifier(
         n_heads=config.n_heads,
         n_layers=config.n_layers,
         dropout=config.dropout,
+        interaction=config.interaction,
     )
 
 # %% ../../nbs/lib/ppi/08_training.ipynb #4d0f05f3

@@ -120,7 +120,7 @@ def make_config(
     return checked(CONFIGS[arch], changes, arch)
 
 # %% ../../nbs/lib/training/00_config.ipynb #a63f571b
-LATER_SETTINGS = ("mask", "patching", "focal", "contrastive", "precision")
+LATER_SETTINGS = ("mask", "patching", "focal", "contrastive", "precision", "interaction")
 
 
 def hashable_config(
