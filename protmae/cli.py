@@ -25,7 +25,7 @@ from .utils.interrupt import INTERRUPTED, handle_stops, leave_process_group
 def embed(
     fasta: str,  # FASTA, plain or packed, or a table with an id and a sequence column
     store: str,  # the .h5 to write, to go on with or to add to
-    model: str = None,  # esmc_300m (default), unirep, esm2_t33_650M_UR50D, a hub name (ESM-C, ESM-2, T5), or a folder
+    model: str = None,  # esmc_300m (default), unirep, esm2_t33_650M_UR50D, a hub name, a folder, or triads (a control)
     like: str = None,  # a store, a run or a classifier to use the embeddings with: its model, layer and PCA are taken
     layer: int = None,  # which layer of the language model, counted from 1; without it the last, normalised
     dim: int = None,  # project to this width with PCA, for example 960 for unirep
