@@ -19,7 +19,7 @@ from ..data.tables import Table, find_columns, parse_columns
 from ..data.text import text_lines
 
 # %% ../../nbs/lib/ppi/00_pairs.ipynb #071b8637
-@dataclass
+@dataclass(repr=False)
 class Pairs:
     "Labelled protein pairs without direction: pair i is `ids[a[i]]`, `ids[b[i]]`."
 
@@ -33,6 +33,10 @@ class Pairs:
 
     def __len__(self):
         return len(self.a)
+
+    def __repr__(self):
+        positive = int(self.label.sum())
+        return f"{self.source or 'pairs'}: {len(self):,} pairs of {len(self.proteins):,} proteins, {positive:,} positive"
 
     @cached_property
     def proteins(self) -> np.ndarray:
@@ -63,10 +67,7 @@ class Pairs:
 
     def report(self):
         "Print what was read."
-        print(
-            f"{self.source or 'pairs'}: {len(self):,} pairs of {len(self.proteins):,} proteins, "
-            f"{int(self.label.sum()):,} positive, fingerprint {self.fingerprint}"
-        )
+        print(f"{self!r}, fingerprint {self.fingerprint}")
         remarks = dict(
             self_pairs="pairs of a protein with itself (kept)",
             duplicates="repetitions left out",
