@@ -36,7 +36,9 @@ class Pairs:
 
     def __repr__(self):
         positive = int(self.label.sum())
-        return f"{self.source or 'pairs'}: {len(self):,} pairs of {len(self.proteins):,} proteins, {positive:,} positive"
+        return (
+            f"{self.source or 'pairs'}: {len(self):,} pairs of {len(self.proteins):,} proteins, {positive:,} positive"
+        )
 
     @cached_property
     def proteins(self) -> np.ndarray:
