@@ -203,10 +203,19 @@ class InteractionCrossAttention(nn.Module):
         return self.norm(z)
 
 # %% ../../nbs/lib/models/05_interaction.ipynb #490dc52d
+class _ProteinNorm(nn.BatchNorm1d):
+    "Batch norm over the proteins of a batch; a batch of one protein is normalised as in evaluation."
+
+    def forward(self, x):
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
 class InteractionMean(nn.Module):
     """Dense layers over the mean patch of each protein, then over both, in both orders.
 
-    After the fully connected network of Richoux et al. 2019 (arXiv 1901.06268), with LayerNorm for batch norm.
+    After the fully connected network of Richoux et al. 2019 (arXiv 1901.06268).
     """
 
     def __init__(
@@ -219,11 +228,11 @@ class InteractionMean(nn.Module):
         self.width = hidden
         self.protein = nn.Sequential(
             nn.Linear(d_model, 2 * hidden),
-            nn.LayerNorm(2 * hidden),
+            _ProteinNorm(2 * hidden),
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Linear(2 * hidden, hidden),
-            nn.LayerNorm(hidden),
+            _ProteinNorm(hidden),
             nn.ReLU(),
         )
         self.first, self.second = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden, bias=False)
