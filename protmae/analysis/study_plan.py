@@ -287,7 +287,7 @@ def check_plan(
 
 
 def _check_publish(publish, systems):
-    check_keys("publish", publish, PUBLISH_KEYS, PUBLISH_KEYS)
+    check_keys("publish", publish, (*PUBLISH_KEYS, "mae"), PUBLISH_KEYS)
     _check_split("publish", publish["split"], publish["seed"])
     if publish["system"] not in systems:
         raise ProtmaeError(f"publish: no system is called {publish['system']!r}")
@@ -386,11 +386,12 @@ def run_job(
 def publish_job(
     plan: StudyPlan,  # with `publish`
 ):  # raises `ProtmaeError` where no job of the plan tests that system on that split
-    "Write the ready model: a folder with the classifier, and one with its MAE."
+    "Write the ready model: a folder with the classifier, and one with its MAE unless `mae` is false."
     chosen = plan.settings["publish"]
     jobs, name = plan.jobs(), plan.published_job
     if name not in jobs:
         raise ProtmaeError(f"publish needs the job {name!r}; the plan has {', '.join(jobs)}")
     folder = plan.path(chosen["folder"])
     publish_classifier(best_weights(plan.out / jobs[name].folder), folder)
-    publish_mae(best_weights(plan.out / jobs[jobs[name].needs].folder), f"{folder}-mae")
+    if chosen.get("mae", True):
+        publish_mae(best_weights(plan.out / jobs[jobs[name].needs].folder), f"{folder}-mae")

@@ -157,8 +157,8 @@ def _query_ids(query):
 HEAD = 20  # rows that are shown
 SIMILARITY = (
     "similarity is the mean cosine of the two proteins' patches, whitened on the proteins given; no training has "
-    "touched it. On E. coli it ranked pairs better than a model trained on yeast: sort by it where the organism is "
-    "another than the model's."
+    "touched it. On E. coli it ranked pairs better than a model trained on yeast, if a language model had made the "
+    "embeddings: sort by it then, where the organism is another than the model's. On triads the model was better."
 )
 TOO_FEW = f"There is no column similarity: fewer than {FEWEST} proteins to take a mean and axes from."
 
