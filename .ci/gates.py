@@ -29,6 +29,13 @@ def code_cells(path):
     return [(i, "".join(c["source"])) for i, c in enumerate(cells) if c["cell_type"] == "code"]
 
 
+def lacks_parameters(path):
+    "Whether papermill would put a notebook's parameters in front of the defaults, which then win."
+    cells = json.loads(path.read_text())["cells"]
+    checked = any("check_parameters(globals()" in "".join(cell["source"]) for cell in cells)
+    return checked and not any("parameters" in cell["metadata"].get("tags", []) for cell in cells)
+
+
 def too_wide(source, tree):
     "Numbers of the lines that are too long; nbdev writes `__all__`."
     listed = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
@@ -155,6 +162,8 @@ def check_notebooks(problems):
     for path in notebooks():
         name = path.relative_to(ROOT)
         experiment = path.parent.name == "nbs" and re.match(r"\d\d_", path.name)
+        if lacks_parameters(path):
+            problems.append(f"{name}: no cell is tagged parameters, so papermill's would have no effect")
         for i, source in code_cells(path):
             if re.match(r"#\|\s*export", source):
                 public = public_definitions(source)
