@@ -69,7 +69,8 @@ def auroc_text(
     row,  # `SystemSummary`
 ) -> str:
     "AUROC, the mean ends of its seeds' intervals, and the number of seeds unless it is three."
-    seeds = "" if len(row.each) == 3 else f" {len(row.each)} seeds"
+    count = len(row.each)
+    seeds = "" if count == 3 else f" {count} seed{'s' * (count != 1)}"
     return with_interval(row.auroc, row.interval, ".3f").replace(f"{NO_BREAK}to{NO_BREAK}", "–") + star(row) + seeds
 
 # %% ../../nbs/lib/viz/05_results.ipynb #c9736e8a
