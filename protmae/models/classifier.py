@@ -133,6 +133,8 @@ protmae predict FOLDER --pairs pairs.tsv --fasta proteins.fasta
                 f"encoder is a {type(encoder).__name__}; "
                 "expected a TransformerMAE (V2) or a MAEEncoder (the .encoder of a MAEV5)"
             )
+        if interaction not in (None, *INTERACTIONS):
+            raise ProtmaeError(f"interaction is {interaction!r}; expected one of {', '.join(INTERACTIONS)}")
         self.encoder, self.frozen = encoder, frozen
         is_v5 = isinstance(encoder, MAEEncoder)
         if is_v5 and patching not in (None, encoder.patching):
