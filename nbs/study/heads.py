@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from protmae.core import seed_for
+from protmae.models.classifier import PPIClassifier
+from protmae.ppi.features import TokenCache
 from protmae.ppi.metrics import auroc, evaluate
+from protmae.ppi.training import load_encoder
 from protmae.utils.processor import keep_freed_memory
 from protmae.utils.progress import Progress
 
@@ -30,6 +33,28 @@ class MLP(nn.Module):
         first, second = vectors[a], vectors[b]
         both = self.pair(torch.cat([first, second], 1)) + self.pair(torch.cat([second, first], 1))
         return both[:, 0] / 2
+
+
+def encoder_tokens(checkpoint, source, trained_on, proteins, with_cls: bool = False) -> dict:
+    "What a frozen encoder says of the patches of some proteins: position -> (patches, E) float32, CLS before them."
+    network, about = load_encoder(checkpoint, source, trained_on)
+    model = PPIClassifier(network, n_heads=1, n_layers=1)
+    cache = TokenCache(model, source, about["mean"], about["std"], proteins=proteins)
+    skip = 0 if with_cls else cache.cls
+    return {i: torch.from_numpy(cache.rows.read("tokens", i, skip)).float() for i in proteins}
+
+
+def stacked(tokens: dict, proteins) -> torch.Tensor:
+    "All tokens of some proteins."
+    return torch.cat([tokens[i] for i in proteins])
+
+
+def standardised(tokens: dict, trained_on):
+    "A function: position -> tokens with mean 0 and deviation 1 over training proteins; what is constant becomes 0."
+    known = stacked(tokens, trained_on)
+    mean, std = known.mean(0), known.std(0)
+    std[std < 1e-6 * std.max()] = 1
+    return lambda i: (tokens[i] - mean) / std
 
 
 @dataclass
@@ -132,6 +157,14 @@ def grouped(results: list, *keys) -> dict:
     for result in results:
         groups.setdefault(tuple(result[key] for key in keys), []).append(result)
     return groups
+
+
+def auroc_over_seeds(group: list) -> dict:
+    "AUROC of one system's results on test pairs with the ends of its interval, and on validation pairs."
+    metrics = [result["metrics"] for result in group]
+    value, low, high = mean_with_interval([m["auroc"] for m in metrics], [m["interval"]["auroc"] for m in metrics])
+    val = float(np.mean([result["chosen"]["val_auroc"] for result in group]))
+    return dict(auroc=value, low=low, high=high, val_auroc=val)
 
 
 def mean_with_interval(values: list, intervals: list) -> tuple:

@@ -8,15 +8,16 @@ __all__ = ['AMINO_ACIDS', 'CLASSES', 'Triads']
 # %% ../../nbs/lib/embed/05_triads.ipynb #ca29c635
 import numpy as np
 
+from ..data.fasta import STANDARD
+
 # %% ../../nbs/lib/embed/05_triads.ipynb #f7042aa9
-AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
+AMINO_ACIDS = sorted(STANDARD)
 CLASSES = "AGV ILFP YMTS HNQW RK DE C".split()  # Shen et al. 2007, table 1
-_UNKNOWN = len(AMINO_ACIDS)
 
 
 def _number_letters():
-    "Number of the amino acid, and of its class, by the letter's code."
-    amino_acid, kind = np.full(128, _UNKNOWN), np.full(128, -1)
+    "Number of the amino acid, and of its class, by the letter's code; -1: neither."
+    amino_acid, kind = np.full(128, -1), np.full(128, -1)
     for number, letter in enumerate(AMINO_ACIDS):
         amino_acid[ord(letter)] = number
     for number, letters in enumerate(CLASSES):
@@ -31,8 +32,7 @@ class Triads:
     name = "triads"
     source = "triads"
     layer = "sequence"
-    n_triads = len(CLASSES) ** 3
-    dim = len(AMINO_ACIDS) + n_triads
+    dim = len(AMINO_ACIDS) + len(CLASSES) ** 3
     max_tokens = 16384
 
     def __init__(self):
@@ -48,7 +48,7 @@ class Triads:
     def _rows(self, codes):
         rows = np.zeros((len(codes), self.dim), np.float32)
         amino_acid, kind = self.amino_acid[codes], self.kind[codes]
-        known = np.flatnonzero(amino_acid != _UNKNOWN)
+        known = np.flatnonzero(amino_acid >= 0)
         rows[known, amino_acid[known]] = 1
         left, middle, right = kind[:-2], kind[1:-1], kind[2:]
         inside = np.flatnonzero((left >= 0) & (middle >= 0) & (right >= 0))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from ..core import ProtmaeError
 from ..data.patches import n_patches
-from ..models.classifier import INTERACTIONS
+from ..models.classifier import check_interaction
 from ..training.config import CheckedConfig, checked
 from ..utils.parameters import yes_no
 
@@ -61,8 +61,7 @@ class PPIConfig(CheckedConfig):
         object.__setattr__(self, "finetune", check_finetune(self.finetune))
         if self.patching is not None:
             n_patches(1, self.patching)
-        if self.interaction not in (None, *INTERACTIONS):
-            raise ProtmaeError(f"interaction is {self.interaction!r}; expected one of {', '.join(INTERACTIONS)}")
+        check_interaction(self.interaction)
         if self.contrastive is not None and self.contrastive >= self.epochs:
             raise ProtmaeError(
                 f"contrastive is {self.contrastive} of {self.epochs} epochs; "
