@@ -156,22 +156,7 @@ class _CrossLayer(nn.Module):
         return z + self.drop(self.ff(self.norm2(z)))
 
 # %% ../../nbs/lib/models/05_interaction.ipynb #ff3e4c78
-class _PairInteraction(nn.Module):
-    "What two proteins say together; a subclass says how, in `pairs`, for pairs among some proteins."
-
-    def forward(
-        self,
-        a: Tensor,  # (B, T, D) tokens of one protein of each pair
-        mask_a: Tensor,  # (B, T) bool: its real tokens
-        b: Tensor,  # (B, T, D) tokens of the other
-        mask_b: Tensor,  # (B, T) bool
-    ) -> Tensor:  # (B, width)
-        "A vector for each pair."
-        first = torch.arange(len(a), device=a.device)
-        return self.pairs(torch.cat([a, b]), torch.cat([mask_a, mask_b]), first, first + len(a))
-
-
-class InteractionCrossAttention(_PairInteraction):
+class InteractionCrossAttention(nn.Module):
     "A learned token attends over both proteins' tokens; symmetric in them."
 
     def __init__(
@@ -191,6 +176,17 @@ class InteractionCrossAttention(_PairInteraction):
         self.layers = nn.ModuleList(_CrossLayer(d_model, n_heads, ff_dim, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
 
+    def forward(
+        self,
+        a: Tensor,  # (B, T, D) tokens of one protein of each pair
+        mask_a: Tensor,  # (B, T) bool: its real tokens
+        b: Tensor,  # (B, T, D) tokens of the other
+        mask_b: Tensor,  # (B, T) bool
+    ) -> Tensor:  # (B, D)
+        "What the interaction token has gathered of each pair."
+        first = torch.arange(len(a), device=a.device)
+        return self.pairs(torch.cat([a, b]), torch.cat([mask_a, mask_b]), first, first + len(a))
+
     def pairs(
         self,
         tokens: Tensor,  # (P, T, D) of P proteins
@@ -198,7 +194,7 @@ class InteractionCrossAttention(_PairInteraction):
         a: Tensor,  # (n,) which of the proteins comes first in each pair
         b: Tensor,  # (n,) which comes second
     ) -> Tensor:  # (n, D)
-        "What the interaction token has gathered of each pair."
+        "The same for pairs among some proteins."
         x = F.layer_norm(tokens, tokens.shape[-1:])  # no scale of its own: keys and values have one
         sides = LengthBuckets(x, mask, torch.cat([a, b]))
         z = self.token.expand(len(a), -1)
@@ -216,7 +212,7 @@ class _ProteinNorm(nn.BatchNorm1d):
         return super().forward(x)
 
 
-class InteractionMean(_PairInteraction):
+class InteractionMean(nn.Module):
     """Dense layers over the mean patch of each protein, then over both, in both orders.
 
     After the fully connected network of Richoux et al. 2019 (arXiv 1901.06268).
@@ -253,6 +249,17 @@ class InteractionMean(_PairInteraction):
         (first_a, second_a), (first_b, second_b) = one, other
         return (F.relu(first_a + second_b) + F.relu(first_b + second_a)) / 2
 
+    def forward(
+        self,
+        a: Tensor,  # (B, T, D) tokens of one protein of each pair
+        mask_a: Tensor,  # (B, T) bool: its real tokens
+        b: Tensor,  # (B, T, D) tokens of the other
+        mask_b: Tensor,  # (B, T) bool
+    ) -> Tensor:  # (B, H)
+        "What the two means of each pair say together."
+        # Each side is a product of its own: the last bits of a row depend on its place among the rows.
+        return self.join(self.sides(a, mask_a), self.sides(b, mask_b))
+
     def pairs(
         self,
         tokens: Tensor,  # (P, T, D) of P proteins
@@ -260,7 +267,7 @@ class InteractionMean(_PairInteraction):
         a: Tensor,  # (n,) which of the proteins comes first in each pair
         b: Tensor,  # (n,) which comes second
     ) -> Tensor:  # (n, H)
-        "What the two means of each pair say together."
+        "The same for pairs among some proteins."
         sides = self.sides(tokens, mask)
         one, other = ([side.index_select(0, index) for side in sides] for index in (a, b))
         return self.join(one, other)
