@@ -12,13 +12,8 @@ from torch import Tensor, nn
 
 from ..core import N_PATCHES, ProtmaeError
 from ..data.patches import patch_means
-from protmae.models.interaction import (
-    InteractionCrossAttention,
-    InteractionMean,
-    InteractionMLPHead,
-    V2ToV5Adapter,
-    token_mask,
-)
+from .interaction import InteractionCrossAttention, InteractionMLPHead, V2ToV5Adapter, token_mask
+from .mean_interaction import InteractionMean
 from .v2 import TransformerMAE
 from .v5 import MAEEncoder, real_patches
 from ..utils.pretrained import PretrainedModel, plain_facts

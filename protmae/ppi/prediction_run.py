@@ -36,7 +36,7 @@ from protmae.ppi.predictions import (
     write_matrix,
     write_table,
 )
-from .scoring import ProteinFeatures, Scorer, pair_attention, precision_for_scoring
+from .scoring import ProteinFeatures, Scorer, precision_for_scoring
 from .similarity import FEWEST, vectors_for_similarity
 from ..utils.download import file_sha256
 from ..utils.files import write_json
@@ -257,7 +257,8 @@ def explain_pair(
     inputs = PredictionInputs(request, model_file(model), about, out)
     two = inputs.proteins.positions([a, b], "the pair")
     features, lengths = ProteinFeatures(net, about, inputs.stores, inputs.places, two).batch(two)
-    weights = [each.mean(1).numpy() for each in pair_attention(net, features, lengths)]
+    with torch.no_grad():
+        weights = [each.mean(1).numpy() for each in net.interaction.attention(*net.tokens_of(features, lengths))]
     starts, ends = patch_bounds(lengths, net.patching)
     counts = [each.shape[1] - 1 for each in weights]
     bounds = [torch.stack([starts[i, :n], ends[i, :n]], 1).numpy() for i, n in enumerate(counts)]
