@@ -15,36 +15,35 @@ from .pages import Table
 from .results import NO_BREAK, difference_text, star, with_interval
 
 # %% ../../nbs/lib/viz/08_study_tables.ipynb #74904e13
+def _against_baseline(study, split, words):
+    "One system's AUROC on one split, and what the best baseline says to it; None where it was not tested."
+    row = study.tested(study.reference, split)
+    if row is None or not row.mean_difference:
+        return None
+    known = {"better": "better than", "worse": "worse than"}
+    verdict = known.get(row.verdict, "not distinguishable from")
+    difference = with_interval(row.mean_difference[0], row.mean_difference[1:])
+    return f"{words} {row.auroc:.3f}, {verdict} the best baseline, {row.best_baseline}: {difference}"
+
+
 def answer_lines(
     study,  # `StudyResults`
     strict: str = "C3",  # the split without a shared protein
-) -> list:  # of sentences; at most five
-    "What the intervals say about the reference system."
+) -> list:  # of at most two sentences
+    "What pretraining adds to the reference system, and how it stands to baselines."
     reference, lines = study.reference, []
-    for split, words in ((strict, "no protein of a test pair was trained on"), ("own", "proteins are shared")):
-        row = study.tested(reference, split)
-        if row is None or not row.mean_difference:
-            continue
-        baseline = study.tested(row.best_baseline, split)
-        verdicts = {"not distinguishable": f"not distinguishable from {baseline.system}"}
-        lines.append(
-            f"Where {words} ({split_name(split)} split), {reference} reaches an AUROC of {row.auroc:.3f}. "
-            f"The best baseline, {baseline.system}, reaches {baseline.auroc:.3f}. {reference} is "
-            f"{verdicts.get(row.verdict, f'{row.verdict} than it')}: "
-            f"{with_interval(row.mean_difference[0], row.mean_difference[1:])}."
-        )
     for row in study.asked:
-        if row.split == strict and row.system == f"{row.one} untrained" and len(lines) < 4:
+        if (row.one, row.system, row.split) == (reference, f"{reference} untrained", strict):
             lines.append(
-                f"Pretraining adds {with_interval(row.mean, row.interval)} to {row.one} over the same network with "
-                f"random weights ({split_name(strict)} split)."
+                f"Where no protein of a test pair was trained on ({split_name(strict)} split), pretraining adds "
+                f"{with_interval(row.mean, row.interval)} to the AUROC of {reference} over the same network with "
+                "random weights."
             )
-    best = max((row for row in study.test if row.kind == strict), key=lambda row: row.auroc, default=None)
-    if best:
-        lines.append(
-            f"Of the study's systems, the highest AUROC on the {split_name(strict)} split is "
-            f"{with_interval(best.auroc, best.interval, '.3f')}, of {best.system}."
-        )
+    places = ((strict, f"{reference} reaches there"), ("own", f"where proteins are shared ({split_name('own')} split)"))
+    parts = [_against_baseline(study, *place) for place in places]
+    if any(parts):
+        text = "; ".join(part for part in parts if part)
+        lines.append(f"{text[0].upper()}{text[1:]}.")
     return lines or ["Nothing has been tested yet."]
 
 # %% ../../nbs/lib/viz/08_study_tables.ipynb #af1d6f11
