@@ -1,8 +1,10 @@
 """What the notebooks of this folder share: a small head is trained on tokens of proteins, chosen by validation pairs,
-and scores the test pairs once."""
+and scores the test pairs once. Each result is a file, and is computed once."""
 
+import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +16,34 @@ from protmae.models.classifier import PPIClassifier
 from protmae.ppi.features import TokenCache
 from protmae.ppi.metrics import auroc, evaluate
 from protmae.ppi.training import load_encoder
+from protmae.utils.files import make_folder, write_json
 from protmae.utils.processor import keep_freed_memory
 from protmae.utils.progress import Progress
+from protmae.utils.provenance import provenance
+
+
+class Results:
+    "The results in one folder, a file each."
+
+    def __init__(self, *parts: str):  # of the folder's path; it is made
+        self.folder = Path(*parts)
+        make_folder(self.folder)
+
+    def keep(self, name: str, encoder: str | None, compute):
+        """Compute a result, unless its file is there; the file of another encoder is refused.
+
+        The result is a dict that says its `encoder`: the digest of a checkpoint, or None.
+        """
+        assert name.isascii() and "/" not in name, f"{name!r} cannot name a file; expected ASCII without a slash"
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            write_json(file, compute() | provenance())
+        kept = json.loads(file.read_text())["encoder"]
+        assert kept == encoder, f"{file} is of another encoder; pass another name"
+
+    def all(self) -> list:
+        "Every result in the folder, also those of earlier calls."
+        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))]
 
 
 class MLP(nn.Module):
