@@ -32,7 +32,7 @@ from ..utils.provenance import provenance
 # %% ../../nbs/lib/analysis/06_study_plan.ipynb #baf63fef
 PRETRAINING = ("02_train_v2", "03_train_v5")
 PPI = "04_train_ppi"
-REPORT_KEYS = ("title", "reference", "questions", "ensembles", "compare")
+REPORT_KEYS = ("title", "reference", "questions", "ensembles", "beside")
 TOP_KEYS = (*"store pairs columns out missing embed encoders systems stages publish".split(), *REPORT_KEYS)
 EMBED_KEYS = ("fasta", "model", "dim", "shards", "pca_split")
 PUBLISH_KEYS = ("system", "split", "seed", "folder")
@@ -43,7 +43,7 @@ GIVEN_BY_PLAN = "store pairs runs checkpoint split split_file seed test missing 
 ARCHS = *NETWORKS, "baselines", *BASELINES
 KINDS = {  # of values, by their key
     **dict.fromkeys("name fasta model folder more arch proteins system title reference".split(), str),
-    **dict.fromkeys("head sizes embed encoders systems publish".split(), dict),
+    **dict.fromkeys("head sizes embed encoders systems publish beside".split(), dict),
     **dict.fromkeys("stages splits seeds pca_split".split(), list),
     **dict.fromkeys("dim seed run".split(), int),
     "encoder": str | None,

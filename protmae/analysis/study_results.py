@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORDS', 'PretrainSummary', 'ValidationSummary', 'ShortcutShare', 'LearningCurve', 'StudyResults', 'learning_curves',
            'shortcut_shares', 'count_parameters', 'pretrain_summary', 'validation_summaries', 'file_kind',
-           'test_results', 'row_settings', 'collect_study']
+           'test_results', 'plans_beside', 'row_settings', 'collect_study']
 
 # %% ../../nbs/lib/analysis/07_study_results.ipynb #55409635
 import json
@@ -28,7 +28,7 @@ from protmae.analysis.statistics import (
     run_spreads,
     summarise_systems,
 )
-from .study_plan import best_weights
+from .study_plan import best_weights, read_plan
 from ..core import ProtmaeError
 from ..ppi.experiment import NETWORKS
 from ..ppi.splits import LEAKS
@@ -303,6 +303,7 @@ def file_kind(
 def test_results(
     plan,  # `StudyPlan`
     jobs,  # jobs that are done
+    beside=(),  # `TestResult`s of other studies, which averages may have as members
 ) -> list:  # of `TestResult`, averages of systems included
     "What the jobs that test have left; networks are called as in the plan."
     results = []
@@ -312,10 +313,35 @@ def test_results(
         rows = read_results(sorted(file.parent for file in (plan.out / job.folder).glob("*/test.json")))
         name, is_network = job.about["system"], plan.systems[job.about["system"]]["arch"] in NETWORKS
         results += [replace(row, system=name) if is_network or job.about["encoder"] else row for row in rows]
-    return results + average_logits(results, plan.settings.get("ensembles", {}))
+    return results + average_logits([*results, *beside], plan.settings.get("ensembles", {}))
 
 
 test_results.__test__ = False
+
+# %% ../../nbs/lib/analysis/07_study_results.ipynb #df81150d
+def plans_beside(
+    plan,  # `StudyPlan`
+) -> dict:  # label -> `StudyPlan`; raises `ProtmaeError` where a configuration is missing or wrong
+    "The studies whose systems are compared with those of this one."
+    files = plan.settings.get("beside", {})
+    return {label: read_plan(plan.nbs / "study" / name, plan.nbs) for label, name in files.items()}
+
+
+def _done(plan):
+    "Its jobs, and name -> mark of those that are done."
+    jobs = plan.jobs()
+    marks = {name: plan.out / "done" / f"{job.key}.json" for name, job in jobs.items()}
+    return jobs, {name: json.loads(mark.read_text()) for name, mark in marks.items() if mark.exists()}
+
+
+def _results_beside(plan):
+    "Test results of the studies beside, each system with the label of its study."
+    found = []
+    for label, other in plans_beside(plan).items():
+        jobs, marks = _done(other)
+        results = test_results(other, [jobs[name] for name in marks])
+        found += [replace(result, system=f"{result.system} of {label}") for result in results]
+    return found
 
 # %% ../../nbs/lib/analysis/07_study_results.ipynb #bc327517
 def row_settings(
@@ -337,11 +363,10 @@ def collect_study(
 ) -> StudyResults:
     "Every figure of a study so far."
     settings = plan.settings
-    jobs = plan.jobs()
-    marks = {name: plan.out / "done" / f"{job.key}.json" for name, job in jobs.items()}
-    marks = {name: json.loads(mark.read_text()) for name, mark in marks.items() if mark.exists()}
+    jobs, marks = _done(plan)
     done = [jobs[name] for name in marks]
-    results = test_results(plan, done)
+    beside = _results_beside(plan)
+    results = test_results(plan, done, beside)
     test = summarise_systems(results, resamples)
     validation = validation_summaries(plan, done)
     reference = settings.get("reference") or next(iter(plan.systems))
@@ -349,7 +374,7 @@ def collect_study(
     questions = settings.get("questions", [])
 
     def differences(one, other, **more):
-        rows = [paired_difference(results, one, other, kind, resamples) for kind in LEAKS]
+        rows = [paired_difference([*results, *beside], one, other, kind, resamples) for kind in LEAKS]
         return [replace(row, **more) for row in rows if row is not None]
 
     study = StudyResults(
