@@ -15,15 +15,19 @@ from .pages import Table
 from .results import NO_BREAK, difference_text, star, with_interval
 
 # %% ../../nbs/lib/viz/08_study_tables.ipynb #74904e13
-def _against_baseline(study, split, words):
-    "One system's AUROC on one split, and what the best baseline says to it; None where it was not tested."
+def _against_baseline(study, split):
+    "The reference system's AUROC on one split, beside the best baseline's; None where it was not tested."
     row = study.tested(study.reference, split)
     if row is None or not row.mean_difference:
         return None
     known = {"better": "better than", "worse": "worse than"}
     verdict = known.get(row.verdict, "not distinguishable from")
     difference = with_interval(row.mean_difference[0], row.mean_difference[1:])
-    return f"{words} {row.auroc:.3f}, {verdict} the best baseline, {row.best_baseline}: {difference}"
+    shared = " (proteins are shared)" if split == "own" else ""
+    return (
+        f"{row.auroc:.3f} on the {split_name(split)} split{shared}, {verdict} the best baseline, {row.best_baseline}: "
+        f"{difference}"
+    )
 
 
 def answer_lines(
@@ -39,11 +43,9 @@ def answer_lines(
                 f"{with_interval(row.mean, row.interval)} to the AUROC of {reference} over the same network with "
                 "random weights."
             )
-    places = ((strict, f"{reference} reaches there"), ("own", f"where proteins are shared ({split_name('own')} split)"))
-    parts = [_against_baseline(study, *place) for place in places]
+    parts = [_against_baseline(study, split) for split in (strict, "own")]
     if any(parts):
-        text = "; ".join(part for part in parts if part)
-        lines.append(f"{text[0].upper()}{text[1:]}.")
+        lines.append(f"{reference} reaches {'; '.join(part for part in parts if part)}.")
     return lines or ["Nothing has been tested yet."]
 
 # %% ../../nbs/lib/viz/08_study_tables.ipynb #af1d6f11
