@@ -34,7 +34,7 @@ PRETRAINING = ("02_train_v2", "03_train_v5")
 PPI = "04_train_ppi"
 REPORT_KEYS = ("title", "reference", "questions", "ensembles", "beside")
 TOP_KEYS = (*"store pairs columns out missing embed encoders systems stages publish".split(), *REPORT_KEYS)
-EMBED_KEYS = ("fasta", "model", "dim", "shards", "pca_split")
+EMBED_KEYS = ("fasta", "model", "dim", "shards", "pca_split", "join")
 PUBLISH_KEYS = ("system", "split", "seed", "folder")
 STAGE_KEYS = ("name", "systems", "splits", "seeds", "test")
 ENCODER_KEYS = ("notebook", "proteins", "more", "run")
@@ -44,7 +44,7 @@ ARCHS = *NETWORKS, "baselines", *BASELINES
 KINDS = {  # of values, by their key
     **dict.fromkeys("name fasta model folder more arch proteins system title reference".split(), str),
     **dict.fromkeys("head sizes embed encoders systems publish beside".split(), dict),
-    **dict.fromkeys("stages splits seeds pca_split".split(), list),
+    **dict.fromkeys("stages splits seeds pca_split join".split(), list),
     **dict.fromkeys("dim seed run".split(), int),
     "encoder": str | None,
 }

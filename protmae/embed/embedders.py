@@ -11,19 +11,22 @@ from pathlib import Path
 from ..core import ProtmaeError
 from ..data.store import EmbeddingStore
 from .base import Embedder, choose_device
-from ..utils.space import EmbeddingSpace
+from .beside import SideBySide
+from ..utils.space import BESIDE, EmbeddingSpace
 from ..utils.tensors import model_file, read_tensors
 
 # %% ../../nbs/lib/embed/04_embedders.ipynb #f01880b5
 def get_embedder(
-    name,  # esmc_300m, esmc_600m, unirep, an ESM-2 such as esm2_t33_650M_UR50D, a hub name, a local folder, triads
+    name,  # esmc_300m, esmc_600m, unirep, esm2_t33_650M_UR50D, a hub name, a local folder, triads, or a sum of such
     device=None,  # 'cpu', 'cuda'; None: a GPU if there is one
-    layer=None,  # which layer's output, counted from 1; None: the last
+    layer=None,  # which layer's output, counted from 1; None: the last; a list of them for a sum
     precision=None,  # of matrix products, 'bf16' or 'float32'; None: what suits the model and the device
 ) -> Embedder:  # raises `ProtmaeError` for an unknown name
     "The embedder of that name."
     choose_device(device)
     name = str(name)
+    if BESIDE in name:
+        return SideBySide(_each_embedder(name, device, layer, precision))
     if name in ("unirep", "unirep-1900"):
         if layer is not None:
             raise ProtmaeError(f"layer is {layer}, and UniRep has only one; leave it out")
@@ -45,6 +48,16 @@ def get_embedder(
         "esm2_t33_650M_UR50D, a hub name such as Rostlab/prot_t5_xl_half_uniref50-enc, a local folder, or triads (no "
         "language model: a control)"
     )
+
+
+def _each_embedder(names, device, layers, precision):
+    "Those of a sum such as 'unirep + triads'."
+    names = names.split(BESIDE)
+    layers = layers or [None] * len(names)
+    if not isinstance(layers, list) or len(layers) != len(names):
+        raise ProtmaeError(f"layer is {layers} for the {len(names)} models {names}; leave it out, or use --like")
+    for name, layer in zip(names, layers, strict=True):
+        yield get_embedder(name, device, layer, None if name == "triads" else precision)
 
 # %% ../../nbs/lib/embed/04_embedders.ipynb #44427a36
 def space_to_embed_into(
