@@ -108,15 +108,15 @@ def export(
 
 # %% ../nbs/lib/99_cli.ipynb #e8e74917
 def join(
+    first: str,  # path of a store
+    second: str,  # another one, with the same proteins
     store: str,  # the .h5 to write
-    *,
-    stores: list,  # two or more stores of the same proteins, in the order of their columns
 ):
-    "Put stores of the same proteins side by side, such as one of unirep and one of triads."
+    "Put two stores side by side, such as one of unirep and one of triads."
     from protmae.data.join import join_stores
     from protmae.data.store import describe
 
-    describe(join_stores(stores, store))
+    describe(join_stores([first, second], store))
 
 # %% ../nbs/lib/99_cli.ipynb #60a0be7f
 def patches(
