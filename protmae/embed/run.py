@@ -25,7 +25,7 @@ from .embedders import embedder_for, space_to_embed_into
 from ..utils.files import check_ending
 from ..utils.processor import check_precision, keep_freed_memory
 from ..utils.progress import Progress
-from ..utils.space import EmbeddingSpace, require_same_space
+from ..utils.space import BESIDE, EmbeddingSpace, require_same_space
 
 # %% ../../nbs/lib/embed/03_run.ipynb #70d0f0c5
 def token_batches(
@@ -133,6 +133,11 @@ class EmbeddingJob:
             return self.like, {}
         if self.dim in (None, width):
             return self.own_space, {}
+        if BESIDE in name:
+            raise ProtmaeError(
+                f"dim is {self.dim} for {name}, whose columns have different scales; embed each of them alone, with a "
+                "PCA of its own, and put the stores side by side: protmae join"
+            )
         if self.dim > width:
             raise ProtmaeError(f"dim is {self.dim}, but {name} has {width} dimensions; PCA can only reduce")
         allowed, fitted_on = self.sequences, "a sample of all proteins"
