@@ -255,7 +255,7 @@ RUN_SETTINGS = list(inspect.signature(train).parameters)[4:-8]  # what `train` p
 
 # %% ../nbs/lib/99_cli.ipynb #a51da9bb
 def predict(
-    model: str,  # best.safetensors of a PPI run, its folder, or one that save_pretrained wrote
+    model: list,  # best.safetensors of a PPI run, its folder, or one that save_pretrained wrote; several: their average
     *,
     pairs: str = None,  # score the pairs of a table, two ids a line; no label is needed
     all: bool = False,  # score every pair of the proteins
@@ -311,7 +311,9 @@ def add_argument(
     "One parameter of a function as one argument of its command."
     help_text, kind = parameter.docment, parameter.anno
     required = parameter.default is inspect.Parameter.empty
-    if required:
+    if required and kind is list:
+        parser.add_argument(name, nargs="+", help=help_text)
+    elif required:
         parser.add_argument(name, type=kind, help=help_text)
     elif kind is bool:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help_text)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYNC_SECONDS', 'ROWS', 'WRITERS', 'SEEN', 'score_pairs', 'read_scores', 'kept_pairs', 'Labelling', 'check_output',
-           'write_table', 'write_matrix', 'meaning', 'applies_to']
+           'write_table', 'write_matrix', 'test_sentence', 'meaning', 'applies_to']
 
 # %% ../../nbs/lib/ppi/15_predictions.ipynb #6bf0fe6e
 import importlib.util
@@ -338,6 +338,26 @@ def _figure(metrics, name, label):
     return f"{label} {metrics[name]:.3f}" + (f" [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else "")
 
 
+def test_sentence(
+    about: dict,  # of the model, from `load_classifier`
+) -> str:
+    "How the model was tested."
+    tested = about["tested"]
+    if tested is None:
+        return "The model was not tested."
+    metrics = tested["metrics"]
+    figures = [_figure(metrics, "auroc", "AUROC"), _figure(metrics, "auprc_1to10", "AUPRC at 1 to 10")]
+    kind = dict(own="published").get(tested["kind"], tested["kind"])
+    return (
+        f"Tested on {tested['test_pairs']:,} pairs of {about['data'].get('pairs') or 'a table'} ({kind} split, seed "
+        f"{tested['seed']}; it gives away {tested['leaks']}): {', '.join(figures)}, "
+        f"calibration error {metrics['ece']:.3f}."
+    )
+
+
+test_sentence.__test__ = False
+
+# %% ../../nbs/lib/ppi/15_predictions.ipynb #364df63c
 def meaning(
     about: dict,  # of the model, from `load_classifier`
     prior: float = None,  # as in `Labelling`
@@ -352,17 +372,9 @@ def meaning(
         lines = [f"Probabilities are shifted from {trained:.1%} interacting pairs, as in training, to {prior:.3%}."]
     if about["config"].focal:
         lines.append("The model was trained with the focal loss, so its probabilities are not calibrated.")
-    if tested is None:
-        return [*lines, "The model was not tested."]
-    metrics = tested["metrics"]
-    figures = [_figure(metrics, "auroc", "AUROC"), _figure(metrics, "auprc_1to10", "AUPRC at 1 to 10")]
-    kind = dict(own="published").get(tested["kind"], tested["kind"])
-    lines.append(
-        f"Tested on {tested['test_pairs']:,} pairs of {about['data'].get('pairs') or 'a table'} ({kind} split, seed "
-        f"{tested['seed']}; it gives away {tested['leaks']}): {', '.join(figures)}, "
-        f"calibration error {metrics['ece']:.3f}."
-    )
-    if metrics["threshold_from"] == "validation":
+    lines.append(test_sentence(about))
+    metrics = (tested or {}).get("metrics", {})
+    if metrics.get("threshold_from") == "validation":
         shifted = ", before the shift" if prior is not None else ""
         lines.append(f"call is 1 from {metrics['threshold']:.4f} on{shifted}: most accurate on validation pairs.")
     return lines
