@@ -26,7 +26,7 @@ from .utils.interrupt import INTERRUPTED, handle_stops, leave_process_group
 def embed(
     fasta: str,  # FASTA, plain or packed, or a table with an id and a sequence column
     store: str,  # the .h5 to write, to go on with or to add to
-    model: str = None,  # esmc_300m (default), unirep, esm2_t33_650M_UR50D, a hub name, a folder, or triads (a control)
+    model: str = None,  # esmc_300m (default), unirep, esm2_t33_650M_UR50D, a hub name, a folder, "unirep + triads"
     like: str = None,  # a store, a run or a classifier to use the embeddings with: its model, layer and PCA are taken
     layer: int = None,  # which layer of the language model, counted from 1; without it the last, normalised
     dim: int = None,  # project to this width with PCA, for example 960 for unirep
@@ -262,7 +262,7 @@ def predict(
     query: list = None,  # score these ids, or those in a file, with all other proteins
     against: str = None,  # FASTA or store with the other proteins of --query; without it --fasta or --store
     fasta: list = None,  # sequences; two files and nothing else: score each protein of one with each of the other
-    store: str = None,  # embeddings, made like those the model was trained on; those that are missing are computed
+    store: str = None,  # embeddings like those of its training (two kinds: leave it out); missing ones are computed
     out: str = "predictions.tsv",  # .tsv, .parquet, or .h5 for a matrix of all pairs
     top: int = None,  # write only so many pairs, those with the highest probabilities
     min: float = None,  # write only pairs with at least this probability

@@ -8,10 +8,19 @@ __all__ = ['SideBySide']
 # %% ../../nbs/lib/embed/06_beside.ipynb #c2592ef4
 import numpy as np
 
+from ..core import ProtmaeError
 from .base import Embedder
 from ..utils.space import BESIDE
 
 # %% ../../nbs/lib/embed/06_beside.ipynb #ac1f89c0
+def _common_precision(name, each):
+    "That of all models that have one."
+    known = sorted(set(filter(None, each)))
+    if len(known) > 1:
+        raise ProtmaeError(f"the models in {name} compute in {' and '.join(known)}; give precision, one for all")
+    return known[0] if known else ""
+
+
 class SideBySide:
     "Several embedders; a residue gets the columns of the first, then those of the next."
 
@@ -27,9 +36,7 @@ class SideBySide:
         self.name, self.layer = BESIDE.join(said["name"]), BESIDE.join(said["layer"])
         self.source = BESIDE.join(source or name for source, name in zip(said["source"], said["name"], strict=True))
         self.identity = BESIDE.join(said["identity"]) if any(said["identity"]) else ""
-        self.precision = next(
-            filter(None, said["precision"]), ""
-        )  # where several have one they were made with the same
+        self.precision = _common_precision(self.name, said["precision"])
         self.dim = sum(embedder.dim for embedder in self.embedders)
         self.max_tokens = min(embedder.max_tokens for embedder in self.embedders)
         limits = [getattr(embedder, "max_proteins", None) for embedder in self.embedders]

@@ -17,15 +17,15 @@ from ..utils.tensors import model_file, read_tensors
 
 # %% ../../nbs/lib/embed/04_embedders.ipynb #f01880b5
 def get_embedder(
-    name,  # esmc_300m, esmc_600m, unirep, esm2_t33_650M_UR50D, a hub name, a local folder, triads, or a sum of such
+    name,  # esmc_300m, esmc_600m, unirep, esm2_t33_650M_UR50D, a hub name, a local folder, triads, 'unirep + triads'
     device=None,  # 'cpu', 'cuda'; None: a GPU if there is one
-    layer=None,  # which layer's output, counted from 1; None: the last; a list of them for a sum
+    layer=None,  # which layer's output, counted from 1; None: the last; a list of them for several models
     precision=None,  # of matrix products, 'bf16' or 'float32'; None: what suits the model and the device
 ) -> Embedder:  # raises `ProtmaeError` for an unknown name
     "The embedder of that name."
     choose_device(device)
     name = str(name)
-    if BESIDE in name:
+    if BESIDE in name and not Path(name).is_dir():
         return SideBySide(_each_embedder(name, device, layer, precision))
     if name in ("unirep", "unirep-1900"):
         if layer is not None:
@@ -45,14 +45,16 @@ def get_embedder(
         return LanguageModel(name, device, layer, precision=precision)
     raise ProtmaeError(
         f"unknown language model {name!r}; expected esmc_300m, esmc_600m, unirep, an ESM-2 such as "
-        "esm2_t33_650M_UR50D, a hub name such as Rostlab/prot_t5_xl_half_uniref50-enc, a local folder, or triads (no "
-        "language model: a control)"
+        "esm2_t33_650M_UR50D, a hub name such as Rostlab/prot_t5_xl_half_uniref50-enc, a local folder, triads (no "
+        "language model: a control), or several of these with ' + ' between them"
     )
 
 
 def _each_embedder(names, device, layers, precision):
-    "Those of a sum such as 'unirep + triads'."
+    "Those of several names such as 'unirep + triads'."
     names = names.split(BESIDE)
+    if not all(names):
+        raise ProtmaeError(f"models are {names}; expected names with ' + ' between them, such as unirep + triads")
     layers = layers or [None] * len(names)
     if not isinstance(layers, list) or len(layers) != len(names):
         raise ProtmaeError(f"layer is {layers} for the {len(names)} models {names}; leave it out, or use --like")

@@ -24,19 +24,18 @@ from ..data.store import EmbeddingStore
 from ..data.tables import parse_columns
 from ..embed.run import embed_fasta
 from ..models.hub import require_space_of
-from .average import AverageScorer, average_meaning, describe_average
+from .meaning import applies_to, average_meaning, describe_average
 from .pair_lists import PairGrid, ProteinSet, SequenceFile, read_pair_list
 from .predict import load_classifier
 from protmae.ppi.predictions import (
     Labelling,
-    applies_to,
     check_output,
     kept_pairs,
     score_pairs,
     write_matrix,
     write_table,
 )
-from .scoring import ProteinFeatures, Scorer, precision_for_scoring
+from .scoring import AverageScorer, ProteinFeatures, Scorer, precision_for_scoring
 from .similarity import FEWEST, vectors_for_similarity
 from ..utils.download import file_sha256
 from ..utils.files import write_json
@@ -90,7 +89,8 @@ def embed_missing(
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "missing.tsv"
         table.write_text("".join(["id\tsequence\n", *lines]))
-        return embed_fasta(table, out.with_name(f"{out.stem}.embeddings.h5"), like=model)
+        kept = out.with_name(f"{out.stem}.embeddings-{space.digest[:8]}.h5")  # each space has its own
+        return embed_fasta(table, kept, like=model)
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #b924a8a7
 class PredictionInputs:
@@ -110,7 +110,8 @@ class PredictionInputs:
             require_space_of(about, store)
         files = [source for source in sources.values() if source not in self.stores]
         self.proteins = ProteinSet([*self.stores, *files])
-        self.places = self.proteins.places.copy()  # (N, 2) store and position in it
+        self.places = self.proteins.places.copy()  # (N, 2) store and position in it; store -1: not embedded
+        self.places[self.places[:, 0] >= len(self.stores)] = -1
         named = {path: self.proteins.positions(source.ids, path) for path, source in sources.items()}
         self.pairs = self._pairs(request, named)
         self._embed_missing(model, about, out)
@@ -135,7 +136,7 @@ class PredictionInputs:
     def _embed_missing(self, model, about, out):
         "Embed the proteins of these pairs that are in a sequence file only."
         wanted = self.pairs.proteins
-        lacking = wanted[self.places[wanted, 0] >= len(self.stores)]
+        lacking = wanted[self.places[wanted, 0] < 0]
         if not len(lacking):
             return
         sequences = {self.proteins.ids[i]: self.proteins.sequences[i] for i in lacking}
@@ -154,17 +155,21 @@ def _query_ids(query):
     return read_ids(query[0]) if len(query) == 1 and Path(query[0]).is_file() else list(query)
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #bc140092
-def _listed(model):
-    "One model, or several, as a list; raises `ProtmaeError` where there is none, or one twice."
-    models = list(model) if isinstance(model, list | tuple) else [model]
-    if not models or len(set(map(str, models))) < len(models):
-        raise ProtmaeError(f"models are {[str(one) for one in models]}; expected one, or several different ones")
-    return models
+def _check_several(models, abouts, request):
+    "Refuse one model twice, and a store for models of two embedding spaces."
+    digests = [file_sha256(_files(model)[0]) for model in models]
+    if not models or len(set(digests)) < len(digests):
+        found = ", ".join(map(str, models)) or "none"
+        raise ProtmaeError(f"models are {found}; expected one, or several different ones")
+    if request.store and len({_space_of(about) for about in abouts}) > 1:
+        raise ProtmaeError(
+            f"{request.store} holds embeddings of one space, and these models read several; leave --store out and "
+            "give --fasta: each model then gets embeddings of its own"
+        )
 
 
-def _numbered(out, k):
-    "What the predictions of model k alone would be called: its embeddings are put beside that."
-    return out if k == 0 else out.with_name(f"{out.stem}-{k + 1}{out.suffix}")
+def _space_of(about):
+    return about["space"].digest if about.get("space") else ""
 
 
 class Member:
@@ -173,24 +178,33 @@ class Member:
     def __init__(
         self,
         model,  # its file or folder
-        request: PredictionRequest,  # which pairs
-        out,  # of the predictions
-        checkpoint=None,  # the encoder's file, where the model's does not hold it
+        net,  # `PPIClassifier`
+        about: dict,  # of it, from `load_classifier`
+        inputs: PredictionInputs,  # in its embedding space
+        precision: str = None,  # of its products, 'bf16' or 'float32'; None: what suits model and processor
     ):
-        self.model, self.precision = model, None
-        self.net, self.about = load_classifier(model, checkpoint)
-        self.inputs = PredictionInputs(request, model, self.about, out)
+        self.model, self.net, self.about, self.inputs = model, net, about, inputs
+        net.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = precision or precision_for_scoring(net)
 
-    def scorer(
-        self,
-        precision: str = None,  # 'bf16' or 'float32'; None: what suits model and processor
-    ) -> Scorer:
-        "Encode the proteins."
+    def encode(self) -> Scorer:
+        "Encode the proteins; what then scores their pairs."
         inputs, wanted = self.inputs, self.inputs.pairs.proteins
-        self.net.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.precision = precision or precision_for_scoring(self.net)
         features = ProteinFeatures(self.net, self.about, inputs.stores, inputs.places, wanted)
         return Scorer(self.net, features, wanted, precision=self.precision)
+
+
+def _load_members(models, request, out, checkpoint=None, precision=None):
+    "Every model with its proteins; models of one embedding space share them."
+    loaded = [load_classifier(model, checkpoint) for model in models]
+    _check_several(models, [about for _, about in loaded], request)
+    shared, members = {}, []
+    for model, (net, about) in zip(models, loaded, strict=True):
+        space = _space_of(about)
+        if space not in shared:
+            shared[space] = PredictionInputs(request, model, about, out)
+        members.append(Member(model, net, about, shared[space], precision))
+    return members
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #ffaa1258
 HEAD = 20  # rows that are shown
@@ -214,25 +228,25 @@ def predict_pairs(
     precision: str = None,  # in which pairs are scored, 'bf16' or 'float32'; None: what suits model and processor
 ) -> tuple:  # the first rows that were written (None for a matrix), and what they mean; raises `ProtmaeError`
     "Score pairs and write them; the same call goes on after a kill. Pairs of a table keep their order."
-    out, models = Path(out), [model_file(one) for one in _listed(model)]
+    out, models = Path(out), [model_file(one) for one in (model if isinstance(model, list | tuple) else [model])]
     top = None if top is None else check_number("top", top, 1, integer=True)
     least = None if least is None else check_number("min", least, 0, 1)
     check_precision(precision)
     check_output(out, not request.pairs, top is not None or least is not None, overwrite)
-    members = [Member(one, request, _numbered(out, k), checkpoint) for k, one in enumerate(models)]
+    members = _load_members(models, request, out, checkpoint, precision)
     inputs = members[0].inputs
     proteins, pairs = inputs.proteins, inputs.pairs
     if not len(pairs):
         raise ProtmaeError("there is no pair to score: a protein is not paired with itself; give two or more proteins")
     about = describe_average([member.about for member in members])
     labelling = Labelling(about, proteins, prior)
-    scorer = AverageScorer([member.scorer(precision) for member in members])
+    scorer = AverageScorer([member.encode() for member in members])
     scores = out.with_name(f"{out.name}.scores")
     rate = score_pairs(scorer, pairs, scores, _key(members), proteins.ids.__getitem__)
     precision = ", ".join(dict.fromkeys(member.precision for member in members))
     share = share_text(rate * scorer.flops, precision) if scorer.device.type == "cpu" else ""
     print(f"on {scorer.device.type} in {precision}: {rate:,.0f} pairs/s{share}")
-    remarks = average_meaning({str(member.model): member.about for member in members}, prior)
+    remarks = average_meaning([(str(member.model), member.about) for member in members], prior)
     if out.suffix.lower() == ".h5":
         head = None
         write_matrix(out, scores, pairs, labelling, meaning=" ".join(remarks))
@@ -243,14 +257,26 @@ def predict_pairs(
         vectors = vectors_for_similarity(inputs.stores, inputs.places, np.union1d(kept.a, kept.b))
         write_table(out, kept, labelling, len(pairs), vectors)
         remarks += applies_to(about, pd.Series(labelling.seen_of(kept.a, kept.b)))
-        remarks.append(TOO_FEW if vectors is None else SIMILARITY)
+        remarks += _similarity_remarks(vectors, members)
         head = labelling.columns(kept[:HEAD], len(pairs), vectors)
-    files = {str(member.model): file_sha256(_files(member.model)[0]) for member in members}
-    facts = dict(model=" + ".join(files), sha256=" + ".join(files.values()), prior=prior, pairs_scored=len(pairs))
-    facts |= dict(precision=precision, meaning=remarks)
-    write_json(out.with_name(f"{out.name}.json"), facts)
+    facts = _models_written(members) | dict(prior=prior, pairs_scored=len(pairs), precision=precision)
+    write_json(out.with_name(f"{out.name}.json"), facts | dict(meaning=remarks))
     scores.unlink()
     return head, remarks
+
+
+def _similarity_remarks(vectors, members):
+    if vectors is None:
+        return [TOO_FEW]
+    several = len({_space_of(member.about) for member in members}) > 1
+    return [SIMILARITY, *[f"It is that of {members[0].model}'s embeddings."] * several]
+
+
+def _models_written(members):
+    "Which models, and digests of their files; lists where there are several."
+    names = [str(member.model) for member in members]
+    digests = [file_sha256(_files(member.model)[0]) for member in members]
+    return dict(model=names, sha256=digests) if len(names) > 1 else dict(model=names[0], sha256=digests[0])
 
 
 def _files(model):
@@ -281,7 +307,7 @@ class PairAttention:
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #473380d9
 def explain_pair(
-    model,  # a classifier's file, or the folder it is in; of a list, the first
+    model,  # a classifier's file, or the folder it is in
     request: PredictionRequest,  # says where the proteins are
     out,  # of the predictions
     a: str,  # id of one protein
@@ -289,7 +315,7 @@ def explain_pair(
     checkpoint=None,  # the encoder's file, as in `predict_pairs`
 ) -> PairAttention | None:  # None for a classifier that reads mean patches, where there is none
     "The attention behind one pair's score, along both sequences."
-    first = Member(model_file(_listed(model)[0]), request, out, checkpoint)
+    first = _load_members([model_file(model)], request, out, checkpoint)[0]
     net, about, inputs = first.net, first.about, first.inputs
     if net.reads_means:
         return None

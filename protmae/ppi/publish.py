@@ -9,9 +9,9 @@ __all__ = ['halve', 'publish_classifier', 'publish_mae']
 from pathlib import Path
 
 from ..models.hub import load_model
+from .meaning import meaning
 from .predict import load_classifier
 from .prediction_run import model_file
-from .predictions import meaning
 
 # %% ../../nbs/lib/ppi/17_publish.ipynb #c59b1e1e
 def halve(

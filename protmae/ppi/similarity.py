@@ -61,11 +61,11 @@ FEWEST, MOST = 50, 2000  # proteins whose patches are whitened
 
 def vectors_for_similarity(
     stores: list,  # of `EmbeddingStore`, of one embedding space
-    places: np.ndarray,  # (N, 2) store and position of each protein
+    places: np.ndarray,  # (N, 2) store and position of each protein; store -1: not embedded
     proteins: np.ndarray,  # those that will be asked for, each once
 ) -> np.ndarray | None:  # (N, D), 0 for proteins not asked for; None where fewer than `FEWEST` have embeddings
     "The mean directions of proteins, whose scalar products are their similarities."
-    embedded = np.flatnonzero(places[:, 0] < len(stores))
+    embedded = np.flatnonzero(places[:, 0] >= 0)
     if len(embedded) < FEWEST:
         return None
     sample = np.sort(np.random.default_rng(seed_for(0, "similarity")).permutation(embedded)[:MOST])

@@ -120,16 +120,22 @@ def side_by_side(
     unknown = [str(space) for space in spaces if not space.is_known]
     if unknown:
         raise ProtmaeError(f"how {unknown[0]} was made is not known; embed with this version, or import with --model")
-    said = {
-        name: BESIDE.join(getattr(space, name) or space.model for space in spaces)
-        for name in ("model", "layer", "source")
-    }
-    identity = BESIDE.join(space.identity for space in spaces) if any(space.identity for space in spaces) else ""
+    model, layer, source, identity = (
+        BESIDE.join(each)
+        for each in (
+            [space.model for space in spaces],
+            [space.layer for space in spaces],
+            [space.source or space.model for space in spaces],
+            [space.identity or BESIDE.join([""] * len(space.model.split(BESIDE))) for space in spaces],
+        )
+    )
+    if not any(identity.split(BESIDE)):
+        identity = ""
     matrix = mean = None
     if any(space.matrix is not None for space in spaces):
         matrices, means = zip(*map(_own_projection, spaces), strict=True)
         matrix, mean = block_diag(*matrices).astype("f4"), np.concatenate(means)
-    return EmbeddingSpace(**said, dim=sum(s.dim for s in spaces), matrix=matrix, mean=mean, identity=identity)
+    return EmbeddingSpace(model, layer, sum(space.dim for space in spaces), matrix, mean, identity, source)
 
 # %% ../../nbs/lib/utils/08_space.ipynb #fc2b41f0
 def _damaged(path, reason):
