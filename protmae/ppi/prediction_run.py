@@ -161,7 +161,8 @@ def _check_several(models, abouts, request):
     if not models or len(set(digests)) < len(digests):
         found = ", ".join(map(str, models)) or "none"
         raise ProtmaeError(f"models are {found}; expected one, or several different ones")
-    if request.store and len({_space_of(about) for about in abouts}) > 1:
+    known = {_space_of(about) for about in abouts} - {""}
+    if request.store and len(known) > 1:
         raise ProtmaeError(
             f"{request.store} holds embeddings of one space, and these models read several; leave --store out and "
             "give --fasta: each model then gets embeddings of its own"
@@ -200,7 +201,7 @@ def _load_members(models, request, out, checkpoint=None, precision=None):
     _check_several(models, [about for _, about in loaded], request)
     shared, members = {}, []
     for model, (net, about) in zip(models, loaded, strict=True):
-        space = _space_of(about)
+        space = _space_of(about) or str(model)
         if space not in shared:
             shared[space] = PredictionInputs(request, model, about, out)
         members.append(Member(model, net, about, shared[space], precision))
