@@ -9,8 +9,8 @@ __all__ = ['SideBySide']
 import numpy as np
 
 from ..core import ProtmaeError
-from .base import Embedder
-from ..utils.space import BESIDE
+from .base import Embedder, own_space
+from ..utils.space import side_by_side
 
 # %% ../../nbs/lib/embed/06_beside.ipynb #ac1f89c0
 def _common_precision(name, each):
@@ -29,15 +29,10 @@ class SideBySide:
         embedders: list[Embedder],  # in the order of their columns
     ):
         self.embedders = list(embedders)
-        said = {
-            name: [getattr(embedder, name, "") for embedder in self.embedders]
-            for name in ("name", "layer", "source", "identity", "precision")
-        }
-        self.name, self.layer = BESIDE.join(said["name"]), BESIDE.join(said["layer"])
-        self.source = BESIDE.join(source or name for source, name in zip(said["source"], said["name"], strict=True))
-        self.identity = BESIDE.join(said["identity"]) if any(said["identity"]) else ""
-        self.precision = _common_precision(self.name, said["precision"])
-        self.dim = sum(embedder.dim for embedder in self.embedders)
+        space = side_by_side([own_space(embedder) for embedder in self.embedders])
+        self.name, self.layer, self.dim = space.model, space.layer, space.dim
+        self.source, self.identity = space.source, space.identity
+        self.precision = _common_precision(self.name, [getattr(e, "precision", "") for e in self.embedders])
         self.max_tokens = min(embedder.max_tokens for embedder in self.embedders)
         limits = [getattr(embedder, "max_proteins", None) for embedder in self.embedders]
         self.max_proteins = min(filter(None, limits), default=None)

@@ -20,7 +20,7 @@ from ..data.ids import IdIndex, read_ids
 from ..data.shards import shard_files, shard_name, shard_ranges
 from ..data.store import EmbeddingStore, decode_texts
 from ..data.writer import StoreWriter, create, extend, writer_lock
-from .base import Embedder
+from .base import Embedder, own_space
 from .embedders import embedder_for, space_to_embed_into
 from ..utils.files import check_ending
 from ..utils.processor import check_precision, keep_freed_memory
@@ -123,8 +123,7 @@ class EmbeddingJob:
     @property
     def own_space(self) -> EmbeddingSpace:
         "The embedder's own states, without a PCA."
-        said = {name: getattr(self.embedder, name, "") for name in ("identity", "source")}
-        return EmbeddingSpace(self.embedder.name, self.embedder.layer, self.embedder.dim, **said)
+        return own_space(self.embedder)
 
     def new_space(self) -> tuple:  # `EmbeddingSpace`, and a dict of attributes
         "The space of a new store, and what is to be told of its PCA."

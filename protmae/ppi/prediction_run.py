@@ -155,9 +155,8 @@ def _query_ids(query):
     return read_ids(query[0]) if len(query) == 1 and Path(query[0]).is_file() else list(query)
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #bc140092
-def _check_several(models, abouts, request):
+def _check_several(models, digests, abouts, request):
     "Refuse one model twice, and a store for models of two embedding spaces."
-    digests = [file_sha256(_files(model)[0]) for model in models]
     if not models or len(set(digests)) < len(digests):
         found = ", ".join(map(str, models)) or "none"
         raise ProtmaeError(f"models are {found}; expected one, or several different ones")
@@ -179,12 +178,13 @@ class Member:
     def __init__(
         self,
         model,  # its file or folder
+        digests: tuple,  # of its files
         net,  # `PPIClassifier`
         about: dict,  # of it, from `load_classifier`
         inputs: PredictionInputs,  # in its embedding space
         precision: str = None,  # of its products, 'bf16' or 'float32'; None: what suits model and processor
     ):
-        self.model, self.net, self.about, self.inputs = model, net, about, inputs
+        self.model, self.digests, self.net, self.about, self.inputs = model, digests, net, about, inputs
         net.to("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = precision or precision_for_scoring(net)
 
@@ -195,16 +195,17 @@ class Member:
         return Scorer(self.net, features, wanted, precision=self.precision)
 
 
-def _load_members(models, request, out, checkpoint=None, precision=None):
+def _load_members(models, request, out, checkpoint, precision):
     "Every model with its proteins; models of one embedding space share them."
     loaded = [load_classifier(model, checkpoint) for model in models]
-    _check_several(models, [about for _, about in loaded], request)
+    digests = [tuple(map(file_sha256, _files(model))) for model in models]
+    _check_several(models, [weights for weights, *_ in digests], [about for _, about in loaded], request)
     shared, members = {}, []
-    for model, (net, about) in zip(models, loaded, strict=True):
+    for model, digest, (net, about) in zip(models, digests, loaded, strict=True):
         space = _space_of(about) or str(model)
         if space not in shared:
             shared[space] = PredictionInputs(request, model, about, out)
-        members.append(Member(model, net, about, shared[space], precision))
+        members.append(Member(model, digest, net, about, shared[space], precision))
     return members
 
 # %% ../../nbs/lib/ppi/16_prediction_run.ipynb #ffaa1258
@@ -276,7 +277,7 @@ def _similarity_remarks(vectors, members):
 def _models_written(members):
     "Which models, and digests of their files; lists where there are several."
     names = [str(member.model) for member in members]
-    digests = [file_sha256(_files(member.model)[0]) for member in members]
+    digests = [member.digests[0] for member in members]
     return dict(model=names, sha256=digests) if len(names) > 1 else dict(model=names[0], sha256=digests[0])
 
 
@@ -290,7 +291,7 @@ def _key(members):
     for member in members:
         inputs = member.inputs
         ids = "\n".join(inputs.proteins.ids[i] for i in inputs.pairs.proteins)
-        parts += map(file_sha256, _files(member.model))
+        parts += member.digests
         parts += [store.fingerprint for store in inputs.stores]
         parts += [inputs.pairs.digest, ids, member.precision]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
@@ -316,10 +317,10 @@ def explain_pair(
     checkpoint=None,  # the encoder's file, as in `predict_pairs`
 ) -> PairAttention | None:  # None for a classifier that reads mean patches, where there is none
     "The attention behind one pair's score, along both sequences."
-    first = _load_members([model_file(model)], request, out, checkpoint)[0]
-    net, about, inputs = first.net, first.about, first.inputs
+    net, about = load_classifier(model_file(model), checkpoint)
     if net.reads_means:
         return None
+    inputs = PredictionInputs(request, model_file(model), about, out)
     two = inputs.proteins.positions([a, b], "the pair")
     features, lengths = ProteinFeatures(net, about, inputs.stores, inputs.places, two).batch(two)
     with torch.no_grad():

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.linalg import block_diag
 
 from ..core import ProtmaeError
 
@@ -134,7 +133,7 @@ def side_by_side(
     matrix = mean = None
     if any(space.matrix is not None for space in spaces):
         matrices, means = zip(*map(_own_projection, spaces), strict=True)
-        matrix, mean = block_diag(*matrices).astype("f4"), np.concatenate(means)
+        matrix, mean = torch.block_diag(*map(torch.from_numpy, matrices)).numpy(), np.concatenate(means)
     return EmbeddingSpace(model, layer, sum(space.dim for space in spaces), matrix, mean, identity, source)
 
 # %% ../../nbs/lib/utils/08_space.ipynb #fc2b41f0
