@@ -29,17 +29,18 @@ class Results:
         self.folder = Path(*parts)
         make_folder(self.folder)
 
-    def keep(self, name: str, encoder: str | None, compute):
-        """Compute a result, unless its file is there; the file of another encoder is refused.
+    def keep(self, name: str, made_of: dict, compute):
+        """Compute a result, unless its file is there; the file of another store or encoder is refused.
 
-        The result is a dict that says its `encoder`: the digest of a checkpoint, or None.
+        The result is a dict that has the items of `made_of`.
         """
         assert name.isascii() and "/" not in name, f"{name!r} cannot name a file; expected ASCII without a slash"
         file = self.folder / f"{name}.json"
         if not file.exists():
             write_json(file, compute() | provenance())
-        kept = json.loads(file.read_text())["encoder"]
-        assert kept == encoder, f"{file} is of another encoder; pass another name"
+        kept = json.loads(file.read_text())
+        wrong = [key for key, value in made_of.items() if kept.get(key) != value]
+        assert not wrong, f"{file} is of another {' and '.join(wrong)}; pass another name or folder"
 
     def all(self) -> list:
         "Every result in the folder, also those of earlier calls."

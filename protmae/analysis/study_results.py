@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORDS', 'PretrainSummary', 'ValidationSummary', 'ShortcutShare', 'LearningCurve', 'StudyResults', 'learning_curves',
-           'shortcut_shares', 'count_parameters', 'pretrain_summary', 'validation_summaries', 'file_kind',
-           'test_results', 'plans_beside', 'row_settings', 'collect_study']
+           'shortcut_shares', 'pretrain_summary', 'validation_summaries', 'file_kind', 'test_results', 'plans_beside',
+           'study_tests', 'row_settings', 'collect_study']
 
 # %% ../../nbs/lib/analysis/07_study_results.ipynb #55409635
 import json
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
 from .results import read_results
 from protmae.analysis.statistics import (
@@ -35,6 +34,7 @@ from ..ppi.splits import LEAKS
 from ..ppi.training import best_epoch
 from ..utils.files import write_json
 from ..utils.provenance import provenance
+from ..utils.tensors import count_parameters
 
 # %% ../../nbs/lib/analysis/07_study_results.ipynb #e0cfc1b5
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ class StudyResults:
             found = json.loads(Path(path).read_text())
             known = {f.name for f in fields(cls)}
             values = {key: value for key, value in found.items() if key in known}
-            for key, record in RECORDS.items():
-                values[key] = [record.from_json(row) for row in found.get(key, [])]
+            values |= {key: [kind.from_json(row) for row in found.get(key, [])] for key, kind in RECORDS.items()}
             return cls(**values)
         except FileNotFoundError:
             raise ProtmaeError(f"there is no {path}; make study writes it") from None
@@ -182,9 +181,8 @@ def _curve(rows, shares):
         return None
     x = np.array([[score[seed] for seed in seeds] for score in scores])
     slopes = np.polyfit(np.log2(shares), x, 1)[0].tolist()
-    whole = rows[-1]
     kept = next((row.kept for row in rows if row.kept), None)
-    return LearningCurve(whole.system, whole.split, seeds, shares, x.mean(1).tolist(), slopes, kept)
+    return LearningCurve(rows[-1].system, rows[-1].split, seeds, shares, x.mean(1).tolist(), slopes, kept)
 
 
 def learning_curves(
@@ -226,14 +224,6 @@ def shortcut_shares(
         ShortcutShare(kind, system, len(rows), *map(float, np.mean(rows, 0)))
         for (kind, system), rows in sorted(found.items())
     ]
-
-# %% ../../nbs/lib/analysis/07_study_results.ipynb #2880d57e
-def count_parameters(
-    path,  # .safetensors
-) -> int:
-    "How many numbers a checkpoint holds."
-    with safe_open(path, "numpy") as file:
-        return sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())
 
 # %% ../../nbs/lib/analysis/07_study_results.ipynb #70500b99
 def _only_run(folder):
@@ -342,6 +332,15 @@ def _results_beside(plan):
         results = test_results(other, [jobs[name] for name in marks])
         found += [replace(result, system=f"{result.system} of {label}") for result in results]
     return found
+
+# %% ../../nbs/lib/analysis/07_study_results.ipynb #2267a707
+def study_tests(
+    plan,  # `StudyPlan`
+) -> list:  # of `TestResult`
+    "All that is tested so far, with the studies beside it."
+    jobs, marks = _done(plan)
+    beside = _results_beside(plan)
+    return [*test_results(plan, [jobs[name] for name in marks], beside), *beside]
 
 # %% ../../nbs/lib/analysis/07_study_results.ipynb #bc327517
 def row_settings(

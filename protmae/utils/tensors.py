@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'CONFIG', 'NUMPY_NUMBERS', 'WIDEST', 'save_tensors', 'save_folder', 'model_file', 'read_tensors',
-           'check_network', 'check_sizes', 'load_weights_exactly', 'check_vectors']
+           'count_parameters', 'check_network', 'check_sizes', 'load_weights_exactly', 'check_vectors']
 
 # %% ../../nbs/lib/utils/06_tensors.ipynb #6bc781ec
 import json
@@ -153,6 +153,14 @@ def _read_pickle(path):
     if not plain or sum(v.numel() * v.element_size() for v in state.values()) > path.stat().st_size:
         raise ProtmaeError(f"{path} holds tensors that are larger than the file, or sparse; expected plain weights")
     return state
+
+# %% ../../nbs/lib/utils/06_tensors.ipynb #2880d57e
+def count_parameters(
+    path,  # .safetensors
+) -> int:
+    "How many numbers a checkpoint holds."
+    with safe_open(path, "numpy") as file:
+        return sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())
 
 # %% ../../nbs/lib/utils/06_tensors.ipynb #a550d65a
 _COUNTS = {
