@@ -237,7 +237,7 @@ class Cases:
         made_on_card(training, "load_encoder")
         training.file_sha256 = lambda path: "0" * 64
         checkpoint = None if encoder == "none" else f"{encoder}.safetensors"
-        sizes = dict(embed_dim=64, n_heads=4, batch_size=64, epochs=2)
+        sizes = dict(embed_dim=64, n_heads=4, batch_size=192, epochs=2)  # four steps
         with card(self.watch):
             run = training.PPITrainer(
                 checkpoint, self.store, self.pairs, self.split, self.new_folder(), **sizes, **more
